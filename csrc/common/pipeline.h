@@ -1,0 +1,284 @@
+// proxy_attention on either device: where each stage's buffers lie in the one workspace, how many
+// query blocks are worked on at a time, and the order of the stages.
+//
+// `Stages` names a device's functions: pool, score_workspace, score, budget_workspace, budget,
+// select, attention_workspace and attention.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "proxyattn/error.h"
+
+#include "common/block_grid.h"
+#include "common/math.h"
+#include "common/validate.h"
+
+namespace proxyattn {
+
+// Without a cap, scores and lists of this many bytes are held at a time; longer sequences are
+// worked through in pieces. 1 GiB holds 128K tokens, 8 proxy heads and both budget modes whole.
+inline constexpr int64_t kDefaultRowsBytes = int64_t{1} << 30;
+inline constexpr int64_t kWorkspaceAlignment = 256;
+
+// True when the settings alone decide that every visible block is chosen.
+inline bool chooses_all_blocks(const PipelineParams& p) {
+  return p.gamma >= 1.0 || ceil_div(p.min_budget, p.kv_block) >= ceil_div(p.kv_len, p.kv_block);
+}
+
+template <typename Stages>
+class Pipeline {
+ public:
+  explicit Pipeline(const PipelineParams& params)
+      : p_(params), grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal} {
+    dense_ = chooses_all_blocks(p_);
+    plan();
+  }
+
+  int64_t workspace_bytes() const { return total_bytes_; }
+
+  template <typename... Extra>  // CUDA: the stream
+  void run(Extra... extra) {
+    validate_workspace("proxy_attention", p_.workspace, p_.workspace_bytes, total_bytes_);
+    const int64_t num_rows = grid_.num_q_blocks();
+    if (dense_) {
+      Stages::attention(attention_params({0, num_rows}), extra...);
+      return;
+    }
+    Stages::pool(pool_params(), extra...);
+    Stages::budget(budget_params(), extra...);
+    // From the end: the last query block sets the shares that coverage asks of all others.
+    for (int64_t end = num_rows; end > 0; end -= rows_per_step_) {
+      const BlockRange rows{max_of<int64_t>(0, end - rows_per_step_), end};
+      Stages::score(score_params(rows), extra...);
+      Stages::select(select_params(rows), extra...);
+      Stages::attention(attention_params(rows), extra...);
+    }
+  }
+
+ private:
+  bool coverage() const { return p_.budget_mode == BudgetMode::kCoverage; }
+
+  // Offset of a buffer of `bytes` bytes, laid behind those taken so far.
+  int64_t take(int64_t bytes) {
+    const int64_t offset = total_bytes_;
+    total_bytes_ += round_up(bytes, kWorkspaceAlignment);
+    return offset;
+  }
+
+  template <typename T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(static_cast<std::byte*>(p_.workspace) + offset);
+  }
+
+  void plan() {
+    const int64_t num_rows = grid_.num_q_blocks();
+    rows_per_step_ = num_rows;
+    if (dense_) {
+      stage_ = take(Stages::attention_workspace(attention_params({0, num_rows})));
+      check_cap();
+      return;
+    }
+    const int64_t element = p_.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t token = p_.proxy_heads * p_.head_dim * element;
+    q_proxy_ = take(p_.batch * ceil_div(p_.q_len, p_.stride) * token);
+    k_proxy_ = take(p_.batch * ceil_div(p_.kv_len, p_.stride) * token);
+    budgets_ = take(p_.batch * p_.q_heads * int64_t{sizeof(int32_t)});
+    shares_ = take(coverage() ? p_.batch * p_.q_heads * int64_t{sizeof(double)} : 0);
+    const int64_t fixed_bytes = total_bytes_;
+    if (p_.max_workspace_bytes == INT64_MAX) {
+      rows_per_step_ = kDefaultRowsBytes / max_of<int64_t>(1, row_bytes());
+      rows_per_step_ = min_of(num_rows, max_of<int64_t>(1, rows_per_step_));
+    }
+    // The stages' own scratch grows with the rows too, so the step is found by trying.
+    for (place_rows(); total_bytes_ > p_.max_workspace_bytes && rows_per_step_ > 1; place_rows()) {
+      total_bytes_ = fixed_bytes;
+      rows_per_step_ = ceil_div<int64_t>(rows_per_step_, 2);
+    }
+    check_cap();
+  }
+
+  // Scores and lists of one query block, over all batches and heads.
+  int64_t row_bytes() const {
+    const int64_t lists = p_.batch * p_.proxy_heads * grid_.num_kv_blocks();
+    return lists * int64_t{coverage() ? 12 : 8} + p_.batch * p_.q_heads * int64_t{sizeof(int32_t)};
+  }
+
+  void place_rows() {
+    const int64_t rows = rows_per_step_;
+    const int64_t cells = p_.batch * p_.proxy_heads * rows * grid_.num_kv_blocks();
+    peak_ = take(cells * int64_t{sizeof(float)});
+    mass_ = take(coverage() ? cells * int64_t{sizeof(float)} : 0);
+    indices_ = take(cells * int64_t{sizeof(int32_t)});
+    counts_ = take(p_.batch * p_.q_heads * rows * int64_t{sizeof(int32_t)});
+    // The stages run one after another and share their scratch.
+    const BlockRange step{grid_.num_q_blocks() - rows, grid_.num_q_blocks()};
+    stage_ = take(max_of(max_of(Stages::score_workspace(score_params(step)),
+                                Stages::budget_workspace(budget_params())),
+                         Stages::attention_workspace(attention_params(step))));
+  }
+
+  void check_cap() const {
+    PROXYATTN_CHECK(total_bytes_ <= p_.max_workspace_bytes,
+                    "proxy_attention: max_workspace_bytes must be at least ", total_bytes_,
+                    ", got max_workspace_bytes=", p_.max_workspace_bytes);
+  }
+
+  TokenStrides proxy_strides(int64_t tokens) const {
+    const int64_t token = p_.proxy_heads * p_.head_dim;
+    return {ceil_div(tokens, p_.stride) * token, token, p_.head_dim};
+  }
+
+  PoolParams pool_params() const;
+  ScoreParams score_params(const BlockRange& rows) const;
+  BudgetParams budget_params() const;
+  SelectParams select_params(const BlockRange& rows) const;
+  AttentionParams attention_params(const BlockRange& rows) const;
+  int64_t stage_bytes() const { return total_bytes_ - stage_; }
+
+  PipelineParams p_;
+  BlockGrid grid_;
+  bool dense_ = false;
+  int64_t rows_per_step_ = 0;
+  int64_t total_bytes_ = 0;
+  int64_t q_proxy_ = 0, k_proxy_ = 0, budgets_ = 0, shares_ = 0;
+  int64_t peak_ = 0, mass_ = 0, indices_ = 0, counts_ = 0, stage_ = 0;
+};
+
+template <typename Stages>
+PoolParams Pipeline<Stages>::pool_params() const {
+  PoolParams s{};
+  s.batch = p_.batch;
+  s.q_len = p_.q_len;
+  s.kv_len = p_.kv_len;
+  s.q_heads = p_.q_heads;
+  s.kv_heads = p_.kv_heads;
+  s.proxy_heads = p_.proxy_heads;
+  s.head_dim = p_.head_dim;
+  s.stride = p_.stride;
+  s.q_strides = p_.q_strides;
+  s.k_strides = p_.k_strides;
+  s.q_proxy_strides = proxy_strides(p_.q_len);
+  s.k_proxy_strides = proxy_strides(p_.kv_len);
+  s.q = p_.q;
+  s.k = p_.k;
+  s.q_proxy = at<void>(q_proxy_);
+  s.k_proxy = at<void>(k_proxy_);
+  s.dtype = p_.dtype;
+  return s;
+}
+
+template <typename Stages>
+ScoreParams Pipeline<Stages>::score_params(const BlockRange& rows) const {
+  ScoreParams s{};
+  s.batch = p_.batch;
+  s.q_len = p_.q_len;
+  s.kv_len = p_.kv_len;
+  s.proxy_heads = p_.proxy_heads;
+  s.head_dim = p_.head_dim;
+  s.stride = p_.stride;
+  s.q_block = p_.q_block;
+  s.kv_block = p_.kv_block;
+  s.q_offset = p_.q_offset;
+  s.rows = rows;
+  s.q_proxy_strides = proxy_strides(p_.q_len);
+  s.k_proxy_strides = proxy_strides(p_.kv_len);
+  s.q_proxy = at<void>(q_proxy_);
+  s.k_proxy = at<void>(k_proxy_);
+  s.peak = at<float>(peak_);
+  s.mass = coverage() ? at<float>(mass_) : nullptr;
+  s.workspace = at<void>(stage_);
+  s.workspace_bytes = stage_bytes();
+  s.scale = p_.scale;
+  s.causal = p_.causal;
+  s.dtype = p_.dtype;
+  return s;
+}
+
+template <typename Stages>
+BudgetParams Pipeline<Stages>::budget_params() const {
+  BudgetParams s{};
+  s.batch = p_.batch;
+  s.q_len = p_.q_len;
+  s.kv_len = p_.kv_len;
+  s.q_heads = p_.q_heads;
+  s.kv_heads = p_.kv_heads;
+  s.head_dim = p_.head_dim;
+  s.q_block = p_.q_block;
+  s.kv_block = p_.kv_block;
+  s.q_offset = p_.q_offset;
+  s.q_strides = p_.q_strides;
+  s.k_strides = p_.k_strides;
+  s.q = p_.q;
+  s.k = p_.k;
+  s.budgets = at<int32_t>(budgets_);
+  s.workspace = at<void>(stage_);
+  s.workspace_bytes = stage_bytes();
+  s.gamma = p_.gamma;
+  s.scale = p_.scale;
+  s.causal = p_.causal;
+  s.dtype = p_.dtype;
+  return s;
+}
+
+template <typename Stages>
+SelectParams Pipeline<Stages>::select_params(const BlockRange& rows) const {
+  SelectParams s{};
+  s.batch = p_.batch;
+  s.q_len = p_.q_len;
+  s.kv_len = p_.kv_len;
+  s.q_heads = p_.q_heads;
+  s.proxy_heads = p_.proxy_heads;
+  s.q_block = p_.q_block;
+  s.kv_block = p_.kv_block;
+  s.q_offset = p_.q_offset;
+  s.min_budget = p_.min_budget;
+  s.num_sink_blocks = p_.num_sink_blocks;
+  s.num_local_blocks = p_.num_local_blocks;
+  s.rows = rows;
+  s.peak = at<float>(peak_);
+  s.mass = coverage() ? at<float>(mass_) : nullptr;
+  s.budgets = at<int32_t>(budgets_);
+  s.indices = at<int32_t>(indices_);
+  s.counts = at<int32_t>(counts_);
+  s.shares = coverage() ? at<double>(shares_) : nullptr;
+  s.budget_mode = p_.budget_mode;
+  s.causal = p_.causal;
+  return s;
+}
+
+template <typename Stages>
+AttentionParams Pipeline<Stages>::attention_params(const BlockRange& rows) const {
+  AttentionParams s{};
+  s.batch = p_.batch;
+  s.q_len = p_.q_len;
+  s.kv_len = p_.kv_len;
+  s.q_heads = p_.q_heads;
+  s.kv_heads = p_.kv_heads;
+  s.head_dim = p_.head_dim;
+  s.list_heads = p_.proxy_heads;
+  s.list_capacity = grid_.num_kv_blocks();
+  s.q_block = p_.q_block;
+  s.kv_block = p_.kv_block;
+  s.q_offset = p_.q_offset;
+  s.rows = rows;
+  s.q_strides = p_.q_strides;
+  s.k_strides = p_.k_strides;
+  s.v_strides = p_.v_strides;
+  s.out_strides = p_.out_strides;
+  s.q = p_.q;
+  s.k = p_.k;
+  s.v = p_.v;
+  s.indices = dense_ ? nullptr : at<int32_t>(indices_);
+  s.counts = dense_ ? nullptr : at<int32_t>(counts_);
+  s.out = p_.out;
+  s.lse = p_.lse;
+  s.workspace = at<void>(stage_);
+  s.workspace_bytes = stage_bytes();
+  s.scale = p_.scale;
+  s.causal = p_.causal;
+  s.dtype = p_.dtype;
+  return s;
+}
+
+}  // namespace proxyattn

@@ -1,0 +1,175 @@
+#include "common/validate.h"
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "proxyattn/error.h"
+
+#include "common/math.h"
+
+namespace proxyattn {
+namespace {
+
+template <std::size_t Count>
+bool contains(const int64_t (&values)[Count], int64_t value) {
+  for (const int64_t v : values) {
+    if (v == value) return true;
+  }
+  return false;
+}
+
+template <std::size_t Count>
+std::string list_of(const int64_t (&values)[Count]) {
+  std::string text;
+  for (const int64_t v : values) {
+    if (!text.empty()) text += ", ";
+    text += std::to_string(v);
+  }
+  return text;
+}
+
+void check_lengths(const char* op, int64_t batch, int64_t q_len, int64_t kv_len, bool causal) {
+  PROXYATTN_CHECK(batch >= 0, op, ": batch must be at least 0, got batch=", batch);
+  PROXYATTN_CHECK(q_len >= 0, op, ": q_len must be at least 0, got q_len=", q_len);
+  PROXYATTN_CHECK(kv_len >= 0, op, ": kv_len must be at least 0, got kv_len=", kv_len);
+  PROXYATTN_CHECK(!causal || q_len <= kv_len, op,
+                  ": q_len must be at most kv_len when causal, got q_len=", q_len,
+                  ", kv_len=", kv_len);
+}
+
+void check_heads(const char* op, int64_t q_heads, int64_t kv_heads) {
+  PROXYATTN_CHECK(q_heads >= 1, op, ": q_heads must be at least 1, got q_heads=", q_heads);
+  PROXYATTN_CHECK(kv_heads >= 1, op, ": kv_heads must be at least 1, got kv_heads=", kv_heads);
+  PROXYATTN_CHECK(q_heads % kv_heads == 0, op,
+                  ": kv_heads must divide q_heads, got q_heads=", q_heads, ", kv_heads=", kv_heads);
+}
+
+void check_proxy_heads(const char* op, int64_t proxy_heads, int64_t kv_heads) {
+  PROXYATTN_CHECK(proxy_heads >= 1 && kv_heads % proxy_heads == 0, op,
+                  ": num_proxy_heads must divide kv_heads, got num_proxy_heads=", proxy_heads,
+                  ", kv_heads=", kv_heads);
+}
+
+void check_head_dim(const char* op, int64_t head_dim) {
+  PROXYATTN_CHECK(contains(kHeadDims, head_dim), op, ": head_dim must be one of ",
+                  list_of(kHeadDims), ", got head_dim=", head_dim);
+}
+
+void check_block_size(const char* op, int64_t block_size) {
+  PROXYATTN_CHECK(contains(kBlockSizes, block_size), op, ": block_size must be one of ",
+                  list_of(kBlockSizes), ", got block_size=", block_size);
+}
+
+void check_stride(const char* op, int64_t stride) {
+  PROXYATTN_CHECK(contains(kStrides, stride), op, ": stride must be one of ", list_of(kStrides),
+                  ", got stride=", stride);
+}
+
+void check_scale(const char* op, float scale) {
+  PROXYATTN_CHECK(std::isfinite(scale) && scale > 0.0f, op,
+                  ": scale must be finite and positive, got scale=", scale);
+}
+
+void check_gamma(const char* op, double gamma) {
+  PROXYATTN_CHECK(!std::isnan(gamma), op, ": gamma must be a number, got gamma=nan");
+}
+
+void check_rows(const char* op, const BlockRange& rows, int64_t q_len, int64_t q_block) {
+  const int64_t num_q_blocks = ceil_div(q_len, q_block);
+  PROXYATTN_CHECK(0 <= rows.begin && rows.begin <= rows.end && rows.end <= num_q_blocks, op,
+                  ": rows must be a range of query blocks in [0, ", num_q_blocks, "], got [",
+                  rows.begin, ", ", rows.end, ")");
+}
+
+void check_selection(const char* op,
+                     int64_t min_budget,
+                     int64_t num_sink_blocks,
+                     int64_t num_local_blocks) {
+  PROXYATTN_CHECK(min_budget >= 0, op,
+                  ": min_budget must be at least 0, got min_budget=", min_budget);
+  PROXYATTN_CHECK(num_sink_blocks >= 0, op,
+                  ": num_sink_blocks must be at least 0, got num_sink_blocks=", num_sink_blocks);
+  PROXYATTN_CHECK(num_local_blocks >= 0, op,
+                  ": num_local_blocks must be at least 0, got num_local_blocks=", num_local_blocks);
+}
+
+}  // namespace
+
+void validate_pool(const PoolParams& p, const char* op) {
+  check_lengths(op, p.batch, p.q_len, p.kv_len, /*causal=*/false);
+  check_heads(op, p.q_heads, p.kv_heads);
+  check_proxy_heads(op, p.proxy_heads, p.kv_heads);
+  check_head_dim(op, p.head_dim);
+  check_stride(op, p.stride);
+}
+
+void validate_score(const ScoreParams& p, const char* op) {
+  check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
+  PROXYATTN_CHECK(p.proxy_heads >= 1, op,
+                  ": num_proxy_heads must be at least 1, got num_proxy_heads=", p.proxy_heads);
+  check_head_dim(op, p.head_dim);
+  check_stride(op, p.stride);
+  check_block_size(op, p.q_block);
+  check_block_size(op, p.kv_block);
+  check_scale(op, p.scale);
+  check_rows(op, p.rows, p.q_len, p.q_block);
+}
+
+void validate_budget(const BudgetParams& p, const char* op) {
+  check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
+  check_heads(op, p.q_heads, p.kv_heads);
+  check_head_dim(op, p.head_dim);
+  check_block_size(op, p.q_block);
+  check_block_size(op, p.kv_block);
+  check_scale(op, p.scale);
+  check_gamma(op, p.gamma);
+}
+
+void validate_select(const SelectParams& p, const char* op) {
+  check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
+  PROXYATTN_CHECK(p.proxy_heads >= 1 && p.q_heads % p.proxy_heads == 0, op,
+                  ": num_proxy_heads must divide q_heads, got num_proxy_heads=", p.proxy_heads,
+                  ", q_heads=", p.q_heads);
+  check_block_size(op, p.q_block);
+  check_block_size(op, p.kv_block);
+  check_selection(op, p.min_budget, p.num_sink_blocks, p.num_local_blocks);
+  check_rows(op, p.rows, p.q_len, p.q_block);
+}
+
+void validate_attention(const AttentionParams& p, const char* op) {
+  check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
+  check_heads(op, p.q_heads, p.kv_heads);
+  check_head_dim(op, p.head_dim);
+  check_block_size(op, p.q_block);
+  check_block_size(op, p.kv_block);
+  check_scale(op, p.scale);
+  check_rows(op, p.rows, p.q_len, p.q_block);
+  PROXYATTN_CHECK(p.list_heads >= 1 && p.q_heads % p.list_heads == 0, op,
+                  ": indices must hold lists for a number of heads that divides q_heads, got "
+                  "indices.size(1)=",
+                  p.list_heads, ", q_heads=", p.q_heads);
+  const SequenceMap& s = p.sequences;
+  PROXYATTN_CHECK(s.cu_q_len == nullptr && s.cu_kv_len == nullptr && s.kv_page_table == nullptr, op,
+                  ": sequences must be dense, got packed or paged ones");
+}
+
+void validate_pipeline(const PipelineParams& p, const char* op) {
+  check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
+  check_heads(op, p.q_heads, p.kv_heads);
+  check_proxy_heads(op, p.proxy_heads, p.kv_heads);
+  check_head_dim(op, p.head_dim);
+  check_stride(op, p.stride);
+  check_block_size(op, p.q_block);
+  check_block_size(op, p.kv_block);
+  check_scale(op, p.scale);
+  check_gamma(op, p.gamma);
+  check_selection(op, p.min_budget, p.num_sink_blocks, p.num_local_blocks);
+}
+
+void validate_workspace(const char* op, const void* workspace, int64_t got, int64_t needed) {
+  PROXYATTN_CHECK(got >= needed && (needed == 0 || workspace != nullptr), op,
+                  ": workspace must hold ", needed, " bytes, got ", workspace == nullptr ? 0 : got);
+}
+
+}  // namespace proxyattn

@@ -1,0 +1,16 @@
+// Turns a failed CUDA call into a CudaError sentence: op, call, error name and text.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "proxyattn/error.h"
+
+#define PROXYATTN_CUDA_CALL(op, call)                                            \
+  do {                                                                           \
+    const cudaError_t proxyattn_error = (call);                                  \
+    if (proxyattn_error != cudaSuccess) {                                        \
+      throw ::proxyattn::CudaError(::proxyattn::join_message(                    \
+          op, ": ", #call, " failed: ", cudaGetErrorName(proxyattn_error), " (", \
+          cudaGetErrorString(proxyattn_error), ")"));                            \
+    }                                                                            \
+  } while (false)

@@ -1,0 +1,53 @@
+// Rules about torch tensors: rank, dtype, device, layout. Rules about values live in the core.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <string_view>
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "proxyattn/types.h"
+
+namespace proxyattn::binding {
+
+void check_shape(const char* op,
+                 const char* name,
+                 const at::Tensor& tensor,
+                 std::initializer_list<int64_t> expected);
+void check_rank(const char* op, const char* name, const at::Tensor& tensor, int64_t rank);
+void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype);
+void check_device(const char* op,
+                  const char* name,
+                  const at::Tensor& tensor,
+                  const char* other_name,
+                  const at::Tensor& other);
+// The device and the dtype of another tensor.
+void check_same(const char* op,
+                const char* name,
+                const at::Tensor& tensor,
+                const char* other_name,
+                const at::Tensor& other);
+
+// A [batch, tokens, heads, head_dim] input: rank 4, a floating type that its device has kernels
+// for, last dimension contiguous.
+void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor);
+
+// q, k and v as attention takes them: each a heads tensor, shapes that fit together.
+void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+
+DType dtype_of(const at::Tensor& tensor);
+TokenStrides strides_of(const at::Tensor& tensor);
+
+BudgetMode budget_mode_of(const char* op, std::string_view name);
+
+// 1 / sqrt(head_dim) unless the caller gave a scale.
+float scale_or_default(std::optional<double> scale, int64_t head_dim);
+
+// Scratch of `bytes` bytes on the tensor's device.
+at::Tensor make_workspace(const at::Tensor& like, int64_t bytes);
+// What an op returns for an output that was not asked for: fp32, shape [0].
+at::Tensor unused_output(const at::Tensor& like);
+
+}  // namespace proxyattn::binding

@@ -1,0 +1,80 @@
+// Every schema of torch.ops.proxyattn, and what they dispatch to.
+#include <ATen/core/grad_mode.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace proxyattn::binding {
+namespace {
+
+// There is no backward: an input that would need one is refused, everything else passes through.
+void refuse_backward(const c10::OperatorHandle& op,
+                     c10::DispatchKeySet keys,
+                     torch::jit::Stack* stack) {
+  if (c10::GradMode::is_enabled()) {
+    const std::size_t num_arguments = op.schema().arguments().size();
+    for (std::size_t i = 0; i < num_arguments; ++i) {
+      const c10::IValue& value = torch::jit::peek(*stack, i, num_arguments);
+      TORCH_CHECK(!value.isTensor() || !value.toTensor().requires_grad(),
+                  op.schema().operator_name().name.substr(sizeof("proxyattn::") - 1), ": ",
+                  op.schema().arguments()[i].name(),
+                  " must not require grad, there is no backward; call it under torch.no_grad() or "
+                  "detach the tensor");
+    }
+  }
+  op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+}
+
+constexpr const char* kOps[] = {"pool_heads",    "score_blocks",           "estimate_budgets",
+                                "select_blocks", "block_sparse_attention", "proxy_attention"};
+
+// One binding serves both devices: it asks backend_of() for the core functions.
+void register_kernels(torch::Library& library) {
+  library.impl("pool_heads", pool_heads);
+  library.impl("score_blocks", score_blocks);
+  library.impl("estimate_budgets", estimate_budgets);
+  library.impl("select_blocks", select_blocks);
+  library.impl("block_sparse_attention", block_sparse_attention);
+  library.impl("proxy_attention", proxy_attention);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(proxyattn, library) {
+  library.def(
+      "pool_heads(Tensor q, Tensor k, int num_proxy_heads, int stride) "
+      "-> (Tensor q_proxy, Tensor k_proxy)");
+  library.def(
+      "score_blocks(Tensor q_proxy, Tensor k_proxy, SymInt q_len, SymInt kv_len, int stride, "
+      "int block_size, bool causal, float? scale, bool with_mass) -> (Tensor peak, Tensor mass)");
+  library.def(
+      "estimate_budgets(Tensor q, Tensor k, float gamma, int block_size, bool causal, "
+      "float? scale) -> Tensor budgets");
+  library.def(
+      "select_blocks(Tensor peak, Tensor mass, Tensor budgets, SymInt q_len, SymInt kv_len, "
+      "int block_size, bool causal, str budget_mode, int min_budget, int num_sink_blocks, "
+      "int num_local_blocks) -> (Tensor indices, Tensor counts)");
+  library.def(
+      "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
+      "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)");
+  library.def(
+      "proxy_attention(Tensor q, Tensor k, Tensor v, bool causal, float? scale, float gamma, "
+      "int stride, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
+      "int num_sink_blocks, int num_local_blocks, bool return_lse, int? max_workspace_bytes) "
+      "-> (Tensor out, Tensor lse)");
+}
+
+TORCH_LIBRARY_IMPL(proxyattn, CPU, library) {
+  register_kernels(library);
+}
+TORCH_LIBRARY_IMPL(proxyattn, CUDA, library) {
+  register_kernels(library);
+}
+
+TORCH_LIBRARY_IMPL(proxyattn, Autograd, library) {
+  for (const char* op : kOps) {
+    library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_backward>());
+  }
+}
+
+}  // namespace proxyattn::binding

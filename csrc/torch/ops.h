@@ -1,0 +1,74 @@
+// The ops, as library.cpp registers them.
+#pragma once
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+namespace proxyattn::binding {
+
+using TensorPair = std::tuple<at::Tensor, at::Tensor>;
+
+TensorPair pool_heads(const at::Tensor& q,
+                      const at::Tensor& k,
+                      int64_t num_proxy_heads,
+                      int64_t stride);
+
+TensorPair score_blocks(const at::Tensor& q_proxy,
+                        const at::Tensor& k_proxy,
+                        int64_t q_len,
+                        int64_t kv_len,
+                        int64_t stride,
+                        int64_t block_size,
+                        bool causal,
+                        std::optional<double> scale,
+                        bool with_mass);
+
+at::Tensor estimate_budgets(const at::Tensor& q,
+                            const at::Tensor& k,
+                            double gamma,
+                            int64_t block_size,
+                            bool causal,
+                            std::optional<double> scale);
+
+TensorPair select_blocks(const at::Tensor& peak,
+                         const at::Tensor& mass,
+                         const at::Tensor& budgets,
+                         int64_t q_len,
+                         int64_t kv_len,
+                         int64_t block_size,
+                         bool causal,
+                         std::string_view budget_mode,
+                         int64_t min_budget,
+                         int64_t num_sink_blocks,
+                         int64_t num_local_blocks);
+
+TensorPair block_sparse_attention(const at::Tensor& q,
+                                  const at::Tensor& k,
+                                  const at::Tensor& v,
+                                  const at::Tensor& indices,
+                                  const at::Tensor& counts,
+                                  int64_t block_size,
+                                  bool causal,
+                                  std::optional<double> scale,
+                                  bool return_lse);
+
+TensorPair proxy_attention(const at::Tensor& q,
+                           const at::Tensor& k,
+                           const at::Tensor& v,
+                           bool causal,
+                           std::optional<double> scale,
+                           double gamma,
+                           int64_t stride,
+                           int64_t block_size,
+                           int64_t num_proxy_heads,
+                           std::string_view budget_mode,
+                           int64_t min_budget,
+                           int64_t num_sink_blocks,
+                           int64_t num_local_blocks,
+                           bool return_lse,
+                           std::optional<int64_t> max_workspace_bytes);
+
+}  // namespace proxyattn::binding

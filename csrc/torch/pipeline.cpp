@@ -1,0 +1,77 @@
+#include <limits>
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "backend.h"
+#include "checks.h"
+#include "common/validate.h"
+#include "ops.h"
+
+namespace proxyattn::binding {
+
+TensorPair proxy_attention(const at::Tensor& q,
+                           const at::Tensor& k,
+                           const at::Tensor& v,
+                           bool causal,
+                           std::optional<double> scale,
+                           double gamma,
+                           int64_t stride,
+                           int64_t block_size,
+                           int64_t num_proxy_heads,
+                           std::string_view budget_mode,
+                           int64_t min_budget,
+                           int64_t num_sink_blocks,
+                           int64_t num_local_blocks,
+                           bool return_lse,
+                           std::optional<int64_t> max_workspace_bytes) {
+  constexpr const char* kOp = "proxy_attention";
+  check_qkv(kOp, q, k, v);
+  const Backend& backend = backend_of(kOp, q);
+  const c10::DeviceGuard guard(q.device());
+
+  PipelineParams params{};
+  params.batch = q.size(0);
+  params.q_len = q.size(1);
+  params.kv_len = k.size(1);
+  params.q_heads = q.size(2);
+  params.kv_heads = k.size(2);
+  params.proxy_heads = num_proxy_heads;
+  params.head_dim = q.size(3);
+  params.stride = stride;
+  params.q_block = block_size;
+  params.kv_block = block_size;
+  params.q_offset = params.kv_len - params.q_len;
+  params.min_budget = min_budget;
+  params.num_sink_blocks = num_sink_blocks;
+  params.num_local_blocks = num_local_blocks;
+  params.gamma = gamma;
+  params.scale = scale_or_default(scale, params.head_dim);
+  params.budget_mode = budget_mode_of(kOp, budget_mode);
+  params.causal = causal;
+  params.dtype = dtype_of(q);
+  params.max_workspace_bytes = max_workspace_bytes.value_or(std::numeric_limits<int64_t>::max());
+  validate_pipeline(params);
+
+  at::Tensor out =
+      at::empty({params.batch, params.q_len, params.q_heads, params.head_dim}, q.options());
+  at::Tensor lse = return_lse ? at::empty({params.batch, params.q_heads, params.q_len},
+                                          q.options().dtype(at::kFloat))
+                              : unused_output(q);
+  params.q_strides = strides_of(q);
+  params.k_strides = strides_of(k);
+  params.v_strides = strides_of(v);
+  params.out_strides = strides_of(out);
+  params.q = q.const_data_ptr();
+  params.k = k.const_data_ptr();
+  params.v = v.const_data_ptr();
+  params.out = out.mutable_data_ptr();
+  params.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
+  params.workspace_bytes = backend.proxy_attention_workspace_bytes(params);
+  const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
+  params.workspace = workspace.mutable_data_ptr();
+  backend.proxy_attention(params, backend.begin(q));
+  return {out, lse};
+}
+
+}  // namespace proxyattn::binding

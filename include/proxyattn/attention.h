@@ -1,0 +1,56 @@
+// Stage 5, block_sparse_attention: exact attention of every query over its chosen key blocks.
+#pragma once
+
+#include <cstdint>
+
+#include "proxyattn/types.h"
+
+namespace proxyattn {
+
+struct AttentionParams {
+  int64_t batch;
+  int64_t q_len;
+  int64_t kv_len;
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+  int64_t list_heads;     // lists per batch entry; q_heads / list_heads heads share one
+  int64_t list_capacity;  // entries that a list has room for
+  int64_t q_block;
+  int64_t kv_block;
+  int64_t q_offset;  // position of query 0
+  BlockRange rows;   // query blocks to attend; the others' outputs stay untouched
+
+  TokenStrides q_strides;
+  TokenStrides k_strides;
+  TokenStrides v_strides;
+  TokenStrides out_strides;
+
+  const void* q;           // [batch, q_len, q_heads, head_dim]
+  const void* k;           // [batch, kv_len, kv_heads, head_dim]
+  const void* v;           // [batch, kv_len, kv_heads, head_dim]
+  const int32_t* indices;  // [batch, list_heads, rows, list_capacity]; null: all visible blocks
+  const int32_t* counts;   // [batch, q_heads, rows]; null if and only if indices is
+  void* out;               // [batch, q_len, q_heads, head_dim]
+  float* lse;              // [batch, q_heads, q_len], natural log; null: not wanted
+  void* workspace;         // block_sparse_attention_workspace_bytes(params); null when that is 0
+  SequenceMap sequences;   // reserved
+
+  int64_t workspace_bytes;
+  float scale;
+  bool causal;
+  DType dtype;
+};
+
+// Entries outside [0, ceil(kv_len / kv_block)) are never followed to memory: the CPU raises
+// InvalidArgument, the GPU, which can't ask without a synchronisation, reads them as empty blocks.
+namespace cpu {
+int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params);
+void block_sparse_attention(const AttentionParams& params);
+}  // namespace cpu
+namespace cuda {
+int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params);
+void block_sparse_attention(const AttentionParams& params, Stream stream);
+}  // namespace cuda
+
+}  // namespace proxyattn

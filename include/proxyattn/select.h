@@ -1,0 +1,43 @@
+// Stage 4, select_blocks: one ranking per proxy group and query block, one prefix length per head.
+#pragma once
+
+#include <cstdint>
+
+#include "proxyattn/types.h"
+
+namespace proxyattn {
+
+struct SelectParams {
+  int64_t batch;
+  int64_t q_len;
+  int64_t kv_len;
+  int64_t q_heads;
+  int64_t proxy_heads;
+  int64_t q_block;
+  int64_t kv_block;
+  int64_t q_offset;    // position of query 0
+  int64_t min_budget;  // tokens
+  int64_t num_sink_blocks;
+  int64_t num_local_blocks;
+  BlockRange rows;  // query blocks to select for
+
+  const float* peak;       // [batch, proxy_heads, rows, ceil(kv_len / kv_block)]
+  const float* mass;       // same shape; null unless budget_mode is kCoverage
+  const int32_t* budgets;  // [batch, q_heads]
+  int32_t* indices;        // [batch, proxy_heads, rows, ceil(kv_len / kv_block)], -1 past visible
+  int32_t* counts;         // [batch, q_heads, rows]
+  double* shares;  // [batch, q_heads] share of the last row's mass to cover; null unless kCoverage.
+                   // Written when `rows` holds the last query block, read otherwise.
+
+  BudgetMode budget_mode;
+  bool causal;
+};
+
+namespace cpu {
+void select_blocks(const SelectParams& params);
+}
+namespace cuda {
+void select_blocks(const SelectParams& params, Stream stream);
+}
+
+}  // namespace proxyattn

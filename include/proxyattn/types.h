@@ -1,0 +1,46 @@
+// Plain types and limits shared by every stage's params struct.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace proxyattn {
+
+using Stream = CUstream_st*;  // a cudaStream_t, declared without the CUDA headers
+
+enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+enum class BudgetMode : int32_t { kLastBlock, kCoverage };
+
+// Distances, in elements, between neighbours of a [batch, token, head, head_dim] tensor whose
+// last dimension is contiguous.
+struct TokenStrides {
+  int64_t batch;
+  int64_t token;
+  int64_t head;
+};
+
+// The query blocks [begin, end) that one call computes. Outputs hold only these rows, so a long
+// sequence can be worked through in pieces that give the same bits as one call over all of it.
+struct BlockRange {
+  int64_t begin;
+  int64_t end;
+};
+
+// Room for packed sequences and paged key/value caches. Every pointer is null in this release and
+// validation says so; kernels see one dense sequence per batch entry.
+struct SequenceMap {
+  const int32_t* cu_q_len = nullptr;       // [batch + 1], null: every sequence has q_len tokens
+  const int32_t* cu_kv_len = nullptr;      // [batch + 1], null: every sequence has kv_len tokens
+  const int32_t* kv_page_table = nullptr;  // [batch, pages per sequence], null: not paged
+  int64_t kv_page_len = 0;                 // tokens per page
+};
+
+inline constexpr int64_t kHeadDims[] = {64, 128, 256};
+inline constexpr int64_t kBlockSizes[] = {64, 128};
+inline constexpr int64_t kStrides[] = {1, 2, 4, 8};
+// The CUDA selector sorts one row of key blocks inside a thread block: 1M tokens in blocks of 64.
+inline constexpr int64_t kMaxCudaKvBlocks = 16384;
+
+}  // namespace proxyattn

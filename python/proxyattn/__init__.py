@@ -1,0 +1,40 @@
+"""Training-free sparse prefill attention for long-context language models.
+
+``proxy_attention(q, k, v)`` is the whole method; the functions beside it are its stages. All of
+them are also ops, ``torch.ops.proxyattn.*``.
+"""
+
+try:
+    from proxyattn import _C
+except ImportError as error:
+    raise ImportError(
+        "proxyattn: the compiled extension proxyattn._C could not be loaded "
+        f"({error}). Build it for this Python and torch with: "
+        "pip install --no-build-isolation ."
+    ) from error
+
+from proxyattn import _meta
+from proxyattn._config import show_config, supported_configs
+from proxyattn.ops import (
+    block_sparse_attention,
+    check_block_lists,
+    estimate_budgets,
+    pool_heads,
+    proxy_attention,
+    score_blocks,
+    select_blocks,
+)
+
+__version__ = _C.version
+
+__all__ = [
+    "block_sparse_attention",
+    "check_block_lists",
+    "estimate_budgets",
+    "pool_heads",
+    "proxy_attention",
+    "score_blocks",
+    "select_blocks",
+    "show_config",
+    "supported_configs",
+]
