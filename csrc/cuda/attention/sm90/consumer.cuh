@@ -1,0 +1,225 @@
+// A consumer warpgroup: 64 query rows, all key tiles of the list, softmax in registers.
+//
+// Step j issues S_j = Q K_j^T and, behind it, O += P_{j-1} V_{j-1}. With two sets of probabilities
+// the softmax of S_j runs while the second product is still under way; with one it waits for it.
+// Either way the other warpgroup's products keep the tensor cores busy meanwhile. Both products are
+// drained before the next step: an accumulator in flight across the loop's back edge would make
+// ptxas serialise them.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/sm90/epilogue.cuh"
+#include "cuda/attention/sm90/problem.h"
+#include "cuda/attention/sm90/products.cuh"
+#include "cuda/attention/sm90/shared_storage.cuh"
+#include "cuda/attention/sm90/softmax.cuh"
+#include "cuda/common/macros.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace proxyattn::cuda::sm90 {
+
+// How far this thread's rows see, and which key tiles all rows of the warpgroup see whole.
+struct CausalLimit {
+  int limit[2];     // first key that the thread's row must not see
+  int whole_tiles;  // tiles [0, whole_tiles) need no mask
+
+  template <typename Traits>
+  static PROXYATTN_DEVICE CausalLimit of(const Problem& p, const GroupPlace& place) {
+    CausalLimit c;
+    PROXYATTN_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      c.limit[r] = p.causal ? min(p.kv_len, p.q_offset + place.query() + 8 * r + 1) : p.kv_len;
+    }
+    const int first = p.causal ? min(p.kv_len, p.q_offset + place.first_row + 1) : p.kv_len;
+    c.whole_tiles = first / Traits::kKeyRows;
+    return c;
+  }
+};
+
+template <typename Traits, int Group>
+class Consumer {
+  using Element = typename Traits::Element;
+
+ public:
+  PROXYATTN_DEVICE Consumer(const Problem& problem, SharedStorage<Traits>& shared)
+      : p_(problem), shared_(shared) {
+    place_.thread = threadIdx.x & 127;
+    place_.group = Group;
+    query_descriptor_ =
+        ptx::matrix_descriptor(shared.query[0] + Group * kWarpgroupRows * Traits::kBoxRowBytes, 0);
+    key_descriptor_ = ptx::matrix_descriptor(shared.key[0], 0);
+    value_descriptor_ = ptx::matrix_descriptor(shared.value[0], Traits::kKeyBoxBytes);
+  }
+
+  PROXYATTN_DEVICE void run() {
+    while (true) {
+      ptx::mbarrier_wait(&shared_.query_barriers.full[query_.slot], query_.phase,
+                         ptx::WaitSite::kConsumerQuery);
+      const TileInfo tile = shared_.tiles[query_.slot];
+      if (tile.steps == kNoMoreTiles) break;
+      place_.first_row = tile.row * kQueryRows + Group * kWarpgroupRows;
+      if (tile.steps > 0) {
+        attend(tile);
+      } else {
+        store_nothing(p_, shared_, tile, place_, query_.slot);
+      }
+      query_.next();
+    }
+    // Shared memory must outlive the copy engine's reads, and stores must land before exit.
+    if (place_.thread == 0) ptx::tma_store_wait();
+  }
+
+ private:
+  using Scores = float[Traits::kScores];
+  using Outputs = float[Traits::kOutputs];
+  using Probabilities = uint32_t[Traits::kProbabilities];
+
+  PROXYATTN_DEVICE void attend(const TileInfo& tile) {
+    const CausalLimit limit = CausalLimit::of<Traits>(p_, place_);
+    const uint64_t query =
+        query_descriptor_ + query_.slot * descriptor_step(Traits::kQueryTileBytes);
+    Scores s;
+    Outputs o;
+    Probabilities even, odd;
+    RowState state;
+    first_step(query, limit, state, s, o, even);
+    if constexpr (Traits::kTwoProbabilities) {
+      PROXYATTN_NO_UNROLL
+      for (int j = 1; j < tile.steps; j += 2) {
+        step(query, limit, state, s, o, even, odd);
+        if (j + 1 == tile.steps) {
+          copy(even, odd);
+          break;
+        }
+        step(query, limit, state, s, o, odd, even);
+      }
+    } else {
+      PROXYATTN_NO_UNROLL
+      for (int j = 1; j < tile.steps; ++j) step(query, limit, state, s, o, even, even);
+    }
+    last_step(o, even);
+
+    sum_rows(state);
+    normalise(o, state);
+    stage_output<Traits>(shared_.query[query_.slot], o, place_);
+    store_lse(p_, tile, place_, state);
+    store_output(p_, shared_, tile, place_, query_.slot);
+  }
+
+  // Scores of the first tile alone, which set the rows' references.
+  PROXYATTN_DEVICE void first_step(uint64_t query,
+                                   const CausalLimit& limit,
+                                   RowState& state,
+                                   Scores& s,
+                                   Outputs& o,
+                                   Probabilities& next) {
+    wait_key();
+    ptx::pin(s);
+    ptx::wgmma_fence();
+    issue_scores<Traits>(s, query, key());
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::pin(s);
+    mask_and_release_key(s, limit);
+    float rescale[2];
+    state.reset();
+    softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kOutputs; ++i) o[i] = 0.0f;
+  }
+
+  // Scores of one tile, output of the one before, whose probabilities are `now`; fills `next`.
+  PROXYATTN_DEVICE void step(uint64_t query,
+                             const CausalLimit& limit,
+                             RowState& state,
+                             Scores& s,
+                             Outputs& o,
+                             Probabilities& now,
+                             Probabilities& next) {
+    wait_key();
+    ptx::pin(s);
+    ptx::pin(o);
+    ptx::pin(now);
+    ptx::wgmma_fence();
+    issue_scores<Traits>(s, query, key());
+    ptx::wgmma_commit();
+    wait_value();
+    ptx::wgmma_fence();
+    issue_output<Traits>(o, now, value());
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>();
+    ptx::pin(s);
+    mask_and_release_key(s, limit);
+    if constexpr (!Traits::kTwoProbabilities) drain_output(o, now);
+    float rescale[2];
+    const bool in_range = softmax_step<Element>(s, state, p_.scale_log2, next);
+    if (!in_range) softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
+    if constexpr (Traits::kTwoProbabilities) drain_output(o, now);
+    if (!in_range) rescale_output(o, rescale);
+  }
+
+  PROXYATTN_DEVICE void last_step(Outputs& o, Probabilities& now) {
+    wait_value();
+    ptx::pin(o);
+    ptx::pin(now);
+    ptx::wgmma_fence();
+    issue_output<Traits>(o, now, value());
+    ptx::wgmma_commit();
+    drain_output(o, now);
+  }
+
+  // The output product is done: its registers and its value slot are free.
+  PROXYATTN_DEVICE void drain_output(Outputs& o, Probabilities& now) {
+    ptx::wgmma_wait<0>();
+    ptx::pin(o);
+    ptx::pin(now);
+    if (place_.thread == 0) ptx::mbarrier_arrive(&shared_.value_barriers.empty[value_.slot]);
+    value_.next();
+  }
+
+  static PROXYATTN_DEVICE void copy(Probabilities& to, const Probabilities& from) {
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kProbabilities; ++i) to[i] = from[i];
+  }
+
+  PROXYATTN_DEVICE uint64_t key() const {
+    return key_descriptor_ + key_.slot * descriptor_step(Traits::kKeyTileBytes);
+  }
+  PROXYATTN_DEVICE uint64_t value() const {
+    return value_descriptor_ + value_.slot * descriptor_step(Traits::kKeyTileBytes);
+  }
+
+  PROXYATTN_DEVICE void wait_key() {
+    ptx::mbarrier_wait(&shared_.key_barriers.full[key_.slot], key_.phase,
+                       ptx::WaitSite::kConsumerKey);
+  }
+  PROXYATTN_DEVICE void wait_value() {
+    ptx::mbarrier_wait(&shared_.value_barriers.full[value_.slot], value_.phase,
+                       ptx::WaitSite::kConsumerValue);
+  }
+
+  // The scores are in registers, so the key slot goes back; what it held decides about the mask.
+  PROXYATTN_DEVICE void mask_and_release_key(float (&s)[Traits::kScores],
+                                             const CausalLimit& limit) {
+    const int tile = *const_cast<volatile int*>(&shared_.key_tile[key_.phase][key_.slot]);
+    if (place_.thread == 0) ptx::mbarrier_arrive(&shared_.key_barriers.empty[key_.slot]);
+    key_.next();
+    if (tile >= limit.whole_tiles) {
+      mask_scores(s, tile * Traits::kKeyRows + (place_.thread & 3) * 2, limit.limit);
+    }
+  }
+
+  const Problem& p_;
+  SharedStorage<Traits>& shared_;
+  GroupPlace place_;
+  uint64_t query_descriptor_;
+  uint64_t key_descriptor_;
+  uint64_t value_descriptor_;
+  Ring<Traits::kQueryStages> query_;
+  Ring<Traits::kKeyStages> key_;
+  Ring<Traits::kValueStages> value_;
+};
+
+}  // namespace proxyattn::cuda::sm90

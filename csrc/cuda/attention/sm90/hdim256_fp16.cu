@@ -1,0 +1,7 @@
+#include "cuda/attention/sm90/launch.cuh"
+
+namespace proxyattn::cuda::sm90 {
+
+template void run<256, __half>(const AttentionParams&, Stream);
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,77 @@
+// Host side of the family: which layouts it takes, tensor maps, scratch and the launch.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "proxyattn/attention.h"
+
+#include "common/block_grid.h"
+#include "cuda/attention/sm90/kernel.cuh"
+#include "cuda/attention/sm90/tensor_map.h"
+#include "cuda/common/launch.h"
+
+namespace proxyattn::cuda::sm90 {
+
+inline constexpr const char* kOp = "block_sparse_attention";
+
+template <int HeadDim>
+Problem make_problem(const AttentionParams& a) {
+  const TileConfig config = tile_config(HeadDim);
+  Problem p{};
+  p.q_map = make_tensor_map(kOp, a.q, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
+                            a.q_strides, {kQueryRows, HeadDim / kBoxColumns});
+  p.k_map = make_tensor_map(kOp, a.k, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
+                            a.k_strides, {config.key_rows, HeadDim / kBoxColumns});
+  p.v_map = make_tensor_map(kOp, a.v, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
+                            a.v_strides, {config.key_rows, HeadDim / kBoxColumns});
+  p.out_map = make_tensor_map(kOp, a.out, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
+                              a.out_strides, {kWarpgroupRows, 1});
+  p.indices = a.indices;
+  p.counts = a.counts;
+  p.out = a.out;
+  p.lse = a.lse;
+  p.next_tile = static_cast<int32_t*>(a.workspace);
+  p.out_batch_stride = a.out_strides.batch;
+  p.out_token_stride = a.out_strides.token;
+  p.out_head_stride = a.out_strides.head;
+  p.num_rows = static_cast<int>(a.rows.end - a.rows.begin);
+  p.row_begin = static_cast<int>(a.rows.begin);
+  p.num_tiles = static_cast<int>(a.batch * a.q_heads) * p.num_rows;
+  p.q_heads = static_cast<int>(a.q_heads);
+  p.kv_heads = static_cast<int>(a.kv_heads);
+  p.heads_per_kv = static_cast<int>(a.q_heads / a.kv_heads);
+  p.list_heads = static_cast<int>(a.list_heads);
+  p.heads_per_list = static_cast<int>(a.q_heads / a.list_heads);
+  p.list_capacity = static_cast<int>(a.list_capacity);
+  p.q_len = static_cast<int>(a.q_len);
+  p.kv_len = static_cast<int>(a.kv_len);
+  p.q_offset = static_cast<int>(a.q_offset);
+  p.num_kv_blocks = static_cast<int>(ceil_div(a.kv_len, a.kv_block));
+  p.kv_block = static_cast<int>(a.kv_block);
+  p.tiles_per_block = static_cast<int>(a.kv_block) / config.key_rows;
+  p.causal = a.causal ? 1 : 0;
+  p.scale_log2 = a.scale * kLog2E;
+  return p;
+}
+
+template <int HeadDim, typename Element>
+void run(const AttentionParams& params, Stream stream) {
+  using Traits = sm90::Traits<HeadDim, Element>;
+  if (params.batch == 0 || params.rows.begin == params.rows.end) return;
+  const Problem problem = make_problem<HeadDim>(params);
+  // Each launch counts its own tiles; a memset is a node of a captured graph like any other.
+  PROXYATTN_CUDA_CALL(kOp,
+                      cudaMemsetAsync(problem.next_tile, 0, sizeof(*problem.next_tile), stream));
+  LaunchShape shape{};
+  shape.grid_x =
+      min_of<int64_t>(device_attribute(kOp, cudaDevAttrMultiProcessorCount), problem.num_tiles);
+  shape.grid_y = shape.grid_z = 1;
+  shape.threads = kThreads;
+  shape.shared_bytes = sizeof(SharedStorage<Traits>);
+  launch<attention_kernel<HeadDim, Element>>(kOp, shape, stream, problem);
+}
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,45 @@
+// The kernel's argument: AttentionParams boiled down to what the device needs.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+
+namespace proxyattn::cuda::sm90 {
+
+struct Problem {
+  CUtensorMap q_map;    // [batch, q_heads, head_dim / 64, q_len, 64], boxes of 128 rows
+  CUtensorMap k_map;    // [batch, kv_heads, head_dim / 64, kv_len, 64], boxes of kKeyRows rows
+  CUtensorMap v_map;    // the same of v
+  CUtensorMap out_map;  // [batch, q_heads, head_dim / 64, q_len, 64], boxes of 64 rows by 64
+
+  const int32_t* indices;  // [batch, list_heads, num_rows, list_capacity]; null: all visible
+  const int32_t* counts;   // [batch, q_heads, num_rows]; null with indices
+  void* out;               // for rows without blocks, which the copy engine does not write
+  float* lse;              // [batch, q_heads, q_len]; null: not wanted
+  int32_t* next_tile;      // counts the tiles that have been taken beyond the first of each block
+
+  int64_t out_batch_stride;
+  int64_t out_token_stride;
+  int64_t out_head_stride;
+
+  int num_tiles;
+  int num_rows;   // query blocks of this call
+  int row_begin;  // the first of them
+  int q_heads;
+  int kv_heads;
+  int heads_per_kv;
+  int list_heads;
+  int heads_per_list;
+  int list_capacity;
+  int q_len;
+  int kv_len;
+  int q_offset;
+  int num_kv_blocks;
+  int kv_block;
+  int tiles_per_block;  // key tiles in a key block
+  int causal;           // 0 or 1
+  float scale_log2;     // scale * log2(e): softmax runs on powers of two
+};
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,91 @@
+// Which query tile a thread block works on next, and which key tiles that tile visits.
+//
+// Tiles are handed out through one counter, in an order that keeps the reads of neighbouring
+// thread blocks together: key/value head, then query block from the last (the longest when causal)
+// down, then the query heads that share the key/value head.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/sm90/problem.h"
+#include "cuda/attention/sm90/shared_storage.cuh"
+#include "cuda/common/macros.cuh"
+
+namespace proxyattn::cuda::sm90 {
+
+struct TilePlace {
+  int row;  // query block, counted from the first of the sequence
+  int head;
+  int kv_head;
+  int batch;
+
+  TilePlace() = default;
+
+  PROXYATTN_DEVICE TilePlace(const Problem& p, int tile) {
+    const int tiles_per_kv = p.num_rows * p.heads_per_kv;
+    const int kv = tile / tiles_per_kv;
+    const int rest = tile - kv * tiles_per_kv;
+    batch = kv / p.kv_heads;
+    kv_head = kv - batch * p.kv_heads;
+    row = p.row_begin + p.num_rows - 1 - rest / p.heads_per_kv;
+    head = kv_head * p.heads_per_kv + rest % p.heads_per_kv;
+  }
+};
+
+// The key blocks of one query tile: a list in global memory, or all visible blocks from the last
+// down. One warp reads it together, 32 entries at a time. Construction only starts the first loads:
+// made while the tile before is worked on, it costs that tile nothing.
+class BlockWalk {
+ public:
+  BlockWalk() = default;
+
+  PROXYATTN_DEVICE BlockWalk(const Problem& p, const TilePlace& place)
+      : num_kv_blocks_(p.num_kv_blocks) {
+    if (p.indices == nullptr) {
+      count_ = visible_blocks(p, place.row);
+      return;
+    }
+    const int local_row = place.row - p.row_begin;
+    const int64_t head = static_cast<int64_t>(place.batch) * p.q_heads + place.head;
+    const int64_t list_head =
+        static_cast<int64_t>(place.batch) * p.list_heads + place.head / p.heads_per_list;
+    list_ = p.indices + (list_head * p.num_rows + local_row) * p.list_capacity;
+    capacity_ = p.list_capacity;
+    count_ = p.counts[head * p.num_rows + local_row];
+    ahead_ = load(0);
+  }
+
+  PROXYATTN_DEVICE int count() const {
+    return list_ == nullptr ? count_ : min(max(count_, 0), capacity_);
+  }
+
+  // Block at place `i`; called by the whole warp with i counting up from 0. An entry that names
+  // no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is masked.
+  PROXYATTN_DEVICE int block(int i) {
+    if (list_ == nullptr) return count_ - 1 - i;
+    if (i > 0 && (i & 31) == 0) ahead_ = load(i);
+    const int entry = __shfl_sync(kFullWarp, ahead_, i & 31);
+    return static_cast<unsigned>(entry) < static_cast<unsigned>(num_kv_blocks_) ? entry
+                                                                                : num_kv_blocks_;
+  }
+
+ private:
+  PROXYATTN_DEVICE int load(int first) const {
+    const int i = first + static_cast<int>(threadIdx.x & 31);
+    return i < capacity_ ? __ldg(list_ + i) : 0;
+  }
+
+  static PROXYATTN_DEVICE int visible_blocks(const Problem& p, int row) {
+    if (!p.causal) return p.num_kv_blocks;
+    const int last_position = p.q_offset + min((row + 1) * kQueryRows, p.q_len) - 1;
+    return min(last_position / p.kv_block + 1, p.num_kv_blocks);
+  }
+
+  const int32_t* list_ = nullptr;
+  int num_kv_blocks_ = 0;
+  int capacity_ = 0;
+  int count_ = 0;
+  int ahead_ = 0;  // lane i holds entry i of the current 32
+};
+
+}  // namespace proxyattn::cuda::sm90

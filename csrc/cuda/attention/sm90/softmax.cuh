@@ -1,0 +1,139 @@
+// Online softmax of one key tile, on a thread's share of the scores: two rows, every fourth pair
+// of columns. Works in powers of two: exp(scale * s) = exp2(scale_log2 * s).
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/attention/sm90/traits.h"
+#include "cuda/common/macros.cuh"
+#include "cuda/common/softmax.cuh"
+
+namespace proxyattn::cuda::sm90 {
+
+// Running state of a thread's two rows, eight apart, in powers of two.
+//
+// The reference need not be the row's maximum: any value will do that keeps exponentials in range.
+// So it is set by the first tile and moves only when a tile's exponentials grow too large, which
+// real attention all but never does. Steps in between need no maxima, no shuffles and no rescaling.
+struct RowState {
+  float reference[2];  // scaled; -inf until the row has seen a key
+  float sum[2];        // this thread's share of the sum of exponentials
+
+  PROXYATTN_DEVICE void reset() {
+    reference[0] = reference[1] = kMinusInfinity;
+    sum[0] = sum[1] = 0.0f;
+  }
+};
+
+// A thread's share of a row in one tile may sum up to this: every exponential in it then fits fp16,
+// whose largest number is 65504.
+inline constexpr float kLargestTileSum = 16384.0f;
+
+// -inf to the columns at and behind `limit[row]`. `column` is this thread's first column.
+template <int Scores>
+PROXYATTN_DEVICE void mask_scores(float (&s)[Scores], int column, const int (&limit)[2]) {
+  PROXYATTN_UNROLL
+  for (int i = 0; i < Scores; ++i) {
+    const int c = column + (i / 4) * 8 + (i & 1);
+    if (c >= limit[(i >> 1) & 1]) s[i] = kMinusInfinity;
+  }
+}
+
+PROXYATTN_DEVICE uint32_t pack_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+PROXYATTN_DEVICE uint32_t pack_pair(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Exponentials of the scores against `reference`, as the next product's A operand (the layout of an
+// accumulator is that of the operand), and their sums.
+template <typename Element, int Scores>
+PROXYATTN_DEVICE void exponentiate(const float (&s)[Scores],
+                                   const float (&reference)[2],
+                                   float scale_log2,
+                                   uint32_t (&p)[Scores / 2],
+                                   float (&tile_sum)[2]) {
+  PROXYATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float sum0 = 0.0f, sum1 = 0.0f;
+    PROXYATTN_UNROLL
+    for (int j = 0; j < Scores / 4; ++j) {
+      const float e0 = softmax_weight(s[4 * j + 2 * r], reference[r], scale_log2);
+      const float e1 = softmax_weight(s[4 * j + 2 * r + 1], reference[r], scale_log2);
+      p[2 * j + r] = pack_pair(e0, e1, Element{});
+      sum0 += e0;
+      sum1 += e1;
+    }
+    tile_sum[r] = sum0 + sum1;
+  }
+}
+
+// The common step: the reference stays. Returns, the same for the whole warp, whether all
+// exponentials were in range; if not, nothing has been added and the caller rebases. A row without
+// reference and a NaN both fail the test.
+template <typename Element, int Scores>
+PROXYATTN_DEVICE bool softmax_step(const float (&s)[Scores],
+                                   RowState& state,
+                                   float scale_log2,
+                                   uint32_t (&p)[Scores / 2]) {
+  float tile_sum[2];
+  exponentiate<Element>(s, state.reference, scale_log2, p, tile_sum);
+  const bool fits = tile_sum[0] < kLargestTileSum && tile_sum[1] < kLargestTileSum;
+  if (!__all_sync(kFullWarp, fits)) return false;
+  state.sum[0] += tile_sum[0];
+  state.sum[1] += tile_sum[1];
+  return true;
+}
+
+// The rare step: moves the reference up to the row's maximum. `rescale[row]` is the factor that
+// the output accumulated so far must be multiplied with.
+template <typename Element, int Scores>
+PROXYATTN_DEVICE void softmax_rebase(const float (&s)[Scores],
+                                     RowState& state,
+                                     float scale_log2,
+                                     uint32_t (&p)[Scores / 2],
+                                     float (&rescale)[2]) {
+  float reference[2];
+  PROXYATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    float tile_max = s[2 * r];
+    PROXYATTN_UNROLL
+    for (int j = 0; j < Scores / 4; ++j) {
+      tile_max = fmaxf(tile_max, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+    }
+    tile_max = fmaxf(tile_max, __shfl_xor_sync(kFullWarp, tile_max, 1));
+    tile_max = fmaxf(tile_max, __shfl_xor_sync(kFullWarp, tile_max, 2));
+    const float moved = fmaxf(state.reference[r], tile_max * scale_log2);
+    // A row that has still seen nothing keeps -inf; any finite reference makes its exponentials 0.
+    reference[r] = softmax_reference(moved, 1.0f);
+    rescale[r] = softmax_rescale(state.reference[r], reference[r], 1.0f);
+    state.reference[r] = moved;
+  }
+  float tile_sum[2];
+  exponentiate<Element>(s, reference, scale_log2, p, tile_sum);
+  PROXYATTN_UNROLL
+  for (int r = 0; r < 2; ++r) state.sum[r] = fmaf(state.sum[r], rescale[r], tile_sum[r]);
+}
+
+template <int Outputs>
+PROXYATTN_DEVICE void rescale_output(float (&o)[Outputs], const float (&rescale)[2]) {
+  PROXYATTN_UNROLL
+  for (int i = 0; i < Outputs; ++i) o[i] *= rescale[(i >> 1) & 1];
+}
+
+// Sums of whole rows: the four threads of a row add their shares.
+PROXYATTN_DEVICE void sum_rows(RowState& state) {
+  PROXYATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    state.sum[r] += __shfl_xor_sync(kFullWarp, state.sum[r], 1);
+    state.sum[r] += __shfl_xor_sync(kFullWarp, state.sum[r], 2);
+  }
+}
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,37 @@
+// What a kernel of the family knows at compile time.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/sm90/config.h"
+
+namespace proxyattn::cuda::sm90 {
+
+template <int HeadDim, typename ElementType>
+struct Traits {
+  using Element = ElementType;
+  static constexpr int kHeadDim = HeadDim;
+  static constexpr int kKeyRows = tile_config(HeadDim).key_rows;
+  static constexpr int kQueryStages = tile_config(HeadDim).query_stages;
+  static constexpr int kKeyStages = tile_config(HeadDim).key_stages;
+  static constexpr int kValueStages = tile_config(HeadDim).value_stages;
+  static constexpr bool kTwoProbabilities = tile_config(HeadDim).two_probabilities;
+
+  // A tile in shared memory is a row of boxes, each kBoxColumns wide and as high as the tile.
+  static constexpr int kBoxes = HeadDim / kBoxColumns;
+  static constexpr int kBoxRowBytes = kBoxColumns * sizeof(ElementType);
+  static constexpr int kQueryBoxBytes = kQueryRows * kBoxRowBytes;
+  static constexpr int kKeyBoxBytes = kKeyRows * kBoxRowBytes;
+  static constexpr int kQueryTileBytes = kBoxes * kQueryBoxBytes;
+  static constexpr int kKeyTileBytes = kBoxes * kKeyBoxBytes;
+
+  // Registers of one consumer thread.
+  static constexpr int kScores = kWarpgroupRows * kKeyRows / 128;
+  static constexpr int kOutputs = kWarpgroupRows * kHeadDim / 128;
+  static constexpr int kProbabilities = kScores / 2;  // two 16-bit values in a register
+
+  static_assert(kBoxRowBytes == 128, "the layout of shared memory assumes the 128-byte swizzle");
+  static_assert(kKeyStages >= 2, "the producer loads key tile j + 1 before value tile j");
+};
+
+}  // namespace proxyattn::cuda::sm90

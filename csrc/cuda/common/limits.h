@@ -1,0 +1,22 @@
+// What the CUDA kernels take less of than the CPU does: element types and key blocks.
+#pragma once
+
+#include <cstdint>
+
+#include "proxyattn/device.h"
+#include "proxyattn/error.h"
+#include "proxyattn/types.h"
+
+namespace proxyattn::cuda {
+
+inline void check_dtype(const char* op, DType dtype) {
+  PROXYATTN_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, op,
+                  ": dtype must be float16 or bfloat16 on a GPU, got ", dtype_name(dtype));
+}
+
+inline void check_num_kv_blocks(const char* op, int64_t num_kv_blocks) {
+  PROXYATTN_CHECK(num_kv_blocks <= kMaxCudaKvBlocks, op, ": kv_len must span at most ",
+                  kMaxCudaKvBlocks, " key blocks on a GPU, got ", num_kv_blocks);
+}
+
+}  // namespace proxyattn::cuda
