@@ -23,7 +23,8 @@ inline constexpr int64_t kWorkspaceAlignment = 256;
 
 // True when the settings alone decide that every visible block is chosen.
 inline bool chooses_all_blocks(const PipelineParams& p) {
-  return p.gamma >= 1.0 || ceil_div(p.min_budget, p.kv_block) >= ceil_div(p.kv_len, p.kv_block);
+  const int64_t min_budget = min_of(p.min_budget, p.kv_len);  // it may be as large as numbers go
+  return p.gamma >= 1.0 || ceil_div(min_budget, p.kv_block) == ceil_div(p.kv_len, p.kv_block);
 }
 
 template <typename Stages>

@@ -49,6 +49,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   check_shape(kOp, "counts", counts, {params.batch, params.q_heads, params.rows.end});
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
+  const Stream stream = backend.begin(q);
 
   at::Tensor out =
       at::empty({params.batch, params.q_len, params.q_heads, params.head_dim}, q.options());
@@ -71,7 +72,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   params.workspace_bytes = backend.block_sparse_attention_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
-  backend.block_sparse_attention(params, backend.begin(q));
+  backend.block_sparse_attention(params, stream);
   return {out, lse};
 }
 

@@ -21,6 +21,7 @@ at::Tensor estimate_budgets(const at::Tensor& q,
   check_shape(kOp, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
+  const Stream stream = backend.begin(q);
 
   BudgetParams params{};
   params.batch = q.size(0);
@@ -47,7 +48,7 @@ at::Tensor estimate_budgets(const at::Tensor& q,
   params.workspace_bytes = backend.estimate_budgets_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
-  backend.estimate_budgets(params, backend.begin(q));
+  backend.estimate_budgets(params, stream);
   return budgets;
 }
 

@@ -1,10 +1,20 @@
 #include "checks.h"
 
 #include <cmath>
+#include <string>
 
 #include <ATen/ops/empty.h>
+#include <c10/core/ScalarType.h>
 
 namespace proxyattn::binding {
+namespace {
+
+// As Python spells it: "float32".
+std::string name_of(at::ScalarType dtype) {
+  return std::string(c10::getDtypeNames(dtype).first);
+}
+
+}  // namespace
 
 void check_rank(const char* op, const char* name, const at::Tensor& tensor, int64_t rank) {
   TORCH_CHECK_VALUE(tensor.dim() == rank, op, ": ", name, " must have ", rank,
@@ -21,8 +31,8 @@ void check_shape(const char* op,
 }
 
 void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must have dtype ", dtype,
-                   ", got ", tensor.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, op, ": ", name, " must have dtype ",
+                   name_of(dtype), ", got ", name_of(tensor.scalar_type()));
 }
 
 void check_device(const char* op,
@@ -41,8 +51,8 @@ void check_same(const char* op,
                 const at::Tensor& other) {
   check_device(op, name, tensor, other_name, other);
   TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), op, ": ", name,
-                   " must have the dtype of ", other_name, ", ", other.scalar_type(), ", got ",
-                   tensor.scalar_type());
+                   " must have the dtype of ", other_name, ", ", name_of(other.scalar_type()),
+                   ", got ", name_of(tensor.scalar_type()));
 }
 
 void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor) {
@@ -50,10 +60,11 @@ void check_heads_tensor(const char* op, const char* name, const at::Tensor& tens
   const at::ScalarType type = tensor.scalar_type();
   const bool is_half = type == at::kHalf || type == at::kBFloat16;
   if (tensor.is_cuda()) {
-    TORCH_CHECK_TYPE(is_half, op, ": ", name, " must be float16 or bfloat16 on a GPU, got ", type);
+    TORCH_CHECK_TYPE(is_half, op, ": ", name, " must be float16 or bfloat16 on a GPU, got ",
+                     name_of(type));
   } else {
     TORCH_CHECK_TYPE(is_half || type == at::kFloat, op, ": ", name,
-                     " must be float32, float16 or bfloat16, got ", type);
+                     " must be float32, float16 or bfloat16, got ", name_of(type));
   }
   // A dimension of size 1 or an empty tensor has no neighbours, whatever its stride says.
   TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1, op, ": ",

@@ -1,5 +1,5 @@
 // The CUDA backend: the only file that needs torch's CUDA headers.
-#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include "backend.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 const Backend kCudaBackend = {
     [](const at::Tensor& tensor) -> Stream {
-      return at::cuda::getCurrentCUDAStream(tensor.get_device()).stream();
+      return c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream();
     },
     cuda::pool_heads,
     cuda::score_blocks_workspace_bytes,

@@ -29,6 +29,7 @@ TensorPair proxy_attention(const at::Tensor& q,
   check_qkv(kOp, q, k, v);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
+  const Stream stream = backend.begin(q);
 
   PipelineParams params{};
   params.batch = q.size(0);
@@ -70,7 +71,7 @@ TensorPair proxy_attention(const at::Tensor& q,
   params.workspace_bytes = backend.proxy_attention_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
-  backend.proxy_attention(params, backend.begin(q));
+  backend.proxy_attention(params, stream);
   return {out, lse};
 }
 

@@ -20,6 +20,7 @@ TensorPair pool_heads(const at::Tensor& q,
   check_shape(kOp, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
+  const Stream stream = backend.begin(q);
 
   PoolParams params{};
   params.batch = q.size(0);
@@ -47,7 +48,7 @@ TensorPair pool_heads(const at::Tensor& q,
   params.k = k.const_data_ptr();
   params.q_proxy = q_proxy.mutable_data_ptr();
   params.k_proxy = k_proxy.mutable_data_ptr();
-  backend.pool_heads(params, backend.begin(q));
+  backend.pool_heads(params, stream);
   return {q_proxy, k_proxy};
 }
 

@@ -43,6 +43,7 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
               {params.batch, ceil_div(kv_len, stride), params.proxy_heads, params.head_dim});
   const Backend& backend = backend_of(kOp, q_proxy);
   const c10::DeviceGuard guard(q_proxy.device());
+  const Stream stream = backend.begin(q_proxy);
 
   params.rows = {0, ceil_div(q_len, block_size)};
   const auto fp32 = q_proxy.options().dtype(at::kFloat);
@@ -59,7 +60,7 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
   params.workspace_bytes = backend.score_blocks_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q_proxy, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
-  backend.score_blocks(params, backend.begin(q_proxy));
+  backend.score_blocks(params, stream);
   return {peak, mass};
 }
 

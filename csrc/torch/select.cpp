@@ -56,6 +56,7 @@ TensorPair select_blocks(const at::Tensor& peak,
   }
   const Backend& backend = backend_of(kOp, peak);
   const c10::DeviceGuard guard(peak.device());
+  const Stream stream = backend.begin(peak);
 
   const auto int32 = peak.options().dtype(at::kInt);
   at::Tensor indices = at::empty(shape, int32);
@@ -71,7 +72,7 @@ TensorPair select_blocks(const at::Tensor& peak,
   params.indices = indices.mutable_data_ptr<int32_t>();
   params.counts = counts.mutable_data_ptr<int32_t>();
   params.shares = coverage ? shares.mutable_data_ptr<double>() : nullptr;
-  backend.select_blocks(params, backend.begin(peak));
+  backend.select_blocks(params, stream);
   return {indices, counts};
 }
 

@@ -4,6 +4,8 @@
 them are also ops, ``torch.ops.proxyattn.*``.
 """
 
+import torch  # first: the extension links against the libraries that it loads
+
 try:
     from proxyattn import _C
 except ImportError as error:

@@ -216,6 +216,19 @@ def check_block_lists(indices: Tensor, counts: Tensor, kv_len: int, block_size: 
         block_size: 64 or 128 tokens.
     """
     op = "block_sparse_attention"
+    for name, lists, rank in (("indices", indices, 4), ("counts", counts, 3)):
+        if lists.dim() != rank:
+            shape = list(lists.shape)
+            raise ValueError(f"{op}: {name} must have {rank} dimensions, got shape {shape}")
+    list_heads, q_heads = indices.shape[1], counts.shape[1]
+    if list_heads < 1 or q_heads % list_heads:
+        raise ValueError(
+            f"{op}: indices must hold lists for a number of heads that divides q_heads, got "
+            f"indices.size(1)={list_heads}, q_heads={q_heads}"
+        )
+    expected = [indices.shape[0], q_heads, indices.shape[2]]
+    if list(counts.shape) != expected:
+        raise ValueError(f"{op}: counts must have shape {expected}, got shape {list(counts.shape)}")
     capacity = indices.shape[3]
     bad = counts[(counts < 0) | (counts > capacity)]
     if bad.numel():
@@ -223,8 +236,7 @@ def check_block_lists(indices: Tensor, counts: Tensor, kv_len: int, block_size: 
             f"{op}: counts must be in [0, {capacity}], the lists' capacity, got {int(bad[0])}"
         )
     num_kv_blocks = -(-kv_len // block_size)
-    heads_per_list = max(1, counts.shape[1] // max(1, indices.shape[1]))
-    longest = counts.unflatten(1, (-1, heads_per_list)).amax(2) if counts.numel() else counts
+    longest = counts.unflatten(1, (list_heads, q_heads // list_heads)).amax(2)
     used = torch.arange(capacity, device=indices.device) < longest[..., None]
     bad = indices[used & ((indices < 0) | (indices >= num_kv_blocks))]
     if bad.numel():

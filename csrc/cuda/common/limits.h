@@ -1,4 +1,5 @@
-// What the CUDA kernels take less of than the CPU does: element types and key blocks.
+// What the CUDA kernels take less of than the CPU does, element types and key blocks, and what
+// the smallest device gives them.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,9 @@
 #include "proxyattn/types.h"
 
 namespace proxyattn::cuda {
+
+// Shared memory that a thread block can ask for on every device: sm_86 and sm_89 give the least.
+inline constexpr int kPortableSharedBytes = 99 * 1024;
 
 inline void check_dtype(const char* op, DType dtype) {
   PROXYATTN_CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, op,

@@ -199,7 +199,14 @@ PROXYATTN_DEVICE void mask_logits(typename Traits::Logits& logits,
   }
 }
 
-// Running sums of exponentials of the rows, each lane over its own columns.
+// What exponentials are taken against, given the largest exponent: that, or 0 where there is none.
+PROXYATTN_DEVICE float log2_reference(float largest) {
+  return largest == kMinusInfinity ? 0.0f : largest;
+}
+
+// Running sums of exponentials of the rows, each lane over its own columns, taken against the
+// largest scaled logit so far. Keys that a row doesn't see change no bit of its sum: the factor to
+// a maximum that stayed the same is exactly 1.
 template <typename Traits>
 class RowSums {
  public:
@@ -221,37 +228,37 @@ class RowSums {
     for (int r = 0; r < Traits::kRowTiles; ++r) {
       PROXYATTN_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float row_max = max_[r][half];
+        float largest = kMinusInfinity;
         PROXYATTN_UNROLL
         for (int n = 0; n < Traits::kKeyTiles; ++n) {
-          row_max = fmaxf(row_max, fmaxf(logits[r][n][2 * half], logits[r][n][2 * half + 1]));
+          largest = fmaxf(largest, fmaxf(logits[r][n][2 * half], logits[r][n][2 * half + 1]));
         }
-        const float reference = softmax_reference(row_max, factor);
-        const float rescale = softmax_rescale(max_[r][half], reference, factor);
+        const float row_max = fmaxf(max_[r][half], largest * factor);
+        const float reference = log2_reference(row_max);
         float sum = 0.0f;
         PROXYATTN_UNROLL
         for (int n = 0; n < Traits::kKeyTiles; ++n) {
           sum += softmax_weight(logits[r][n][2 * half], reference, factor);
           sum += softmax_weight(logits[r][n][2 * half + 1], reference, factor);
         }
+        sum_[r][half] = fmaf(sum_[r][half], ptx::ex2(max_[r][half] - reference), sum);
         max_[r][half] = row_max;
-        sum_[r][half] = fmaf(sum_[r][half], rescale, sum);
       }
     }
   }
 
   // Base-2 log of the sum of 2^(factor * logit) over the row; -inf if it saw nothing. The same in
   // the four lanes of a row.
-  PROXYATTN_DEVICE float log2_sum(int r, int half, float factor) const {
+  PROXYATTN_DEVICE float log2_sum(int r, int half) const {
     const float row_max = group_max<kQuadLanes>(max_[r][half]);
-    const float reference = softmax_reference(row_max, factor);
-    const float rescale = softmax_rescale(max_[r][half], reference, factor);
+    const float reference = log2_reference(row_max);
+    const float rescale = ptx::ex2(max_[r][half] - reference);
     const float sum = group_sum<kQuadLanes>(sum_[r][half] * rescale);
     return sum == 0.0f ? kMinusInfinity : reference + log2f(sum);
   }
 
  private:
-  typename Traits::PerRow max_;  // of the unscaled logits
+  typename Traits::PerRow max_;  // scaled, base 2
   typename Traits::PerRow sum_;
 };
 

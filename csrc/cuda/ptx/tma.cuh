@@ -12,7 +12,7 @@ namespace proxyattn::cuda::ptx {
 
 // L2 eviction policies, as createpolicy encodes them.
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
-inline constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
+inline constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");

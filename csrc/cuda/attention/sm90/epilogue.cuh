@@ -8,6 +8,7 @@
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/attention/sm90/softmax.cuh"
 #include "cuda/common/macros.cuh"
+#include "cuda/common/vec.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
@@ -72,10 +73,10 @@ PROXYATTN_DEVICE void stage_output(uint8_t* query_tile,
     const uint32_t chunk = (j & 3) * 2 + (lane >> 4);
     const uint32_t address =
         row_address + (j >> 2) * Traits::kQueryBoxBytes + ((chunk ^ (lane & 7)) << 4);
-    ptx::stmatrix_x4(address, pack_pair(o[8 * j], o[8 * j + 1], Element{}),
-                     pack_pair(o[8 * j + 2], o[8 * j + 3], Element{}),
-                     pack_pair(o[8 * j + 4], o[8 * j + 5], Element{}),
-                     pack_pair(o[8 * j + 6], o[8 * j + 7], Element{}));
+    ptx::stmatrix_x4(address, pack_pair<Element>(o[8 * j], o[8 * j + 1]),
+                     pack_pair<Element>(o[8 * j + 2], o[8 * j + 3]),
+                     pack_pair<Element>(o[8 * j + 4], o[8 * j + 5]),
+                     pack_pair<Element>(o[8 * j + 6], o[8 * j + 7]));
   }
 }
 

@@ -2,6 +2,6 @@
 
 namespace proxyattn::cuda::sm90 {
 
-template void run<128, __half>(const AttentionParams&, Stream);
+template void launch_attention<128, DType::kFloat16>(const AttentionParams&, Stream);
 
 }  // namespace proxyattn::cuda::sm90

@@ -2,6 +2,6 @@
 
 namespace proxyattn::cuda::sm90 {
 
-template void run<64, __nv_bfloat16>(const AttentionParams&, Stream);
+template void launch_attention<64, DType::kBFloat16>(const AttentionParams&, Stream);
 
 }  // namespace proxyattn::cuda::sm90

@@ -18,10 +18,9 @@
 
 namespace proxyattn::cuda::sm90 {
 
-template <int HeadDim, typename Element>
+template <typename Traits>
 __global__ void __launch_bounds__(kThreads, 1)
     attention_kernel(const __grid_constant__ Problem problem) {
-  using Traits = sm90::Traits<HeadDim, Element>;
   static_assert(sizeof(SharedStorage<Traits>) <= kMaxSharedBytes);
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(raw_shared);

@@ -9,24 +9,25 @@
 #include "proxyattn/attention.h"
 
 #include "common/block_grid.h"
+#include "cuda/attention/dispatch.h"
 #include "cuda/attention/sm90/kernel.cuh"
-#include "cuda/attention/sm90/tensor_map.h"
 #include "cuda/common/launch.h"
+#include "cuda/common/tensor_map.h"
 
 namespace proxyattn::cuda::sm90 {
 
 inline constexpr const char* kOp = "block_sparse_attention";
 
-template <int HeadDim>
+template <int kHeadDim>
 Problem make_problem(const AttentionParams& a) {
-  const TileConfig config = tile_config(HeadDim);
+  const TileConfig config = tile_config(kHeadDim);
   Problem p{};
   p.q_map = make_tensor_map(kOp, a.q, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
-                            a.q_strides, {kQueryRows, HeadDim / kBoxColumns});
+                            a.q_strides, {kQueryRows, kHeadDim / kTensorBoxColumns});
   p.k_map = make_tensor_map(kOp, a.k, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
-                            a.k_strides, {config.key_rows, HeadDim / kBoxColumns});
+                            a.k_strides, {config.key_rows, kHeadDim / kTensorBoxColumns});
   p.v_map = make_tensor_map(kOp, a.v, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
-                            a.v_strides, {config.key_rows, HeadDim / kBoxColumns});
+                            a.v_strides, {config.key_rows, kHeadDim / kTensorBoxColumns});
   p.out_map = make_tensor_map(kOp, a.out, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
                               a.out_strides, {kWarpgroupRows, 1});
   p.indices = a.indices;
@@ -57,21 +58,20 @@ Problem make_problem(const AttentionParams& a) {
   return p;
 }
 
-template <int HeadDim, typename Element>
-void run(const AttentionParams& params, Stream stream) {
-  using Traits = sm90::Traits<HeadDim, Element>;
+template <int kHeadDim, DType kDType>
+void launch_attention(const AttentionParams& params, Stream stream) {
+  using Traits = sm90::Traits<kHeadDim, kDType>;
   if (params.batch == 0 || params.rows.begin == params.rows.end) return;
-  const Problem problem = make_problem<HeadDim>(params);
+  const Problem problem = make_problem<kHeadDim>(params);
   // Each launch counts its own tiles; a memset is a node of a captured graph like any other.
-  PROXYATTN_CUDA_CALL(kOp,
-                      cudaMemsetAsync(problem.next_tile, 0, sizeof(*problem.next_tile), stream));
+  PROXYATTN_CUDA_CALL(kOp, cudaMemsetAsync(problem.next_tile, 0, kCounterBytes, stream));
   LaunchShape shape{};
   shape.grid_x =
       min_of<int64_t>(device_attribute(kOp, cudaDevAttrMultiProcessorCount), problem.num_tiles);
   shape.grid_y = shape.grid_z = 1;
   shape.threads = kThreads;
   shape.shared_bytes = sizeof(SharedStorage<Traits>);
-  launch<attention_kernel<HeadDim, Element>>(kOp, shape, stream, problem);
+  launch<attention_kernel<Traits>>(kOp, shape, stream, problem);
 }
 
 }  // namespace proxyattn::cuda::sm90

@@ -25,8 +25,13 @@ class Producer {
   }
 
   PROXYATTN_DEVICE void run() {
-    look_ahead(blockIdx.x);
-    while (next_tile_ < p_.num_tiles) load_tile(next_place_, next_walk_);
+    for (int tile = blockIdx.x; tile < p_.num_tiles;) {
+      // Asked for early: the answer travels while this tile's loads are issued.
+      int next = 0;
+      if (leader_) next = atomicAdd(p_.next_tile, 1) + static_cast<int>(gridDim.x);
+      load_tile(TilePlace(p_, tile));
+      tile = __shfl_sync(kFullWarp, next, 0);
+    }
     ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
                        ptx::WaitSite::kProducerQuery);
     if (leader_) {
@@ -36,18 +41,8 @@ class Producer {
   }
 
  private:
-  // Makes `tile` the next one and starts the loads that its walk begins with.
-  PROXYATTN_DEVICE void look_ahead(int tile) {
-    next_tile_ = tile;
-    if (tile >= p_.num_tiles) return;
-    next_place_ = TilePlace(p_, tile);
-    next_walk_ = BlockWalk(p_, next_place_);
-  }
-
-  PROXYATTN_DEVICE void load_tile(TilePlace place, BlockWalk walk) {
-    // Asked for at once, wanted when this tile's first loads are under way.
-    int taken = 0;
-    if (leader_) taken = atomicAdd(p_.next_tile, 1) + static_cast<int>(gridDim.x);
+  PROXYATTN_DEVICE void load_tile(const TilePlace& place) {
+    BlockWalk walk(p_, place);
     const int count = walk.count();
     load_query(place, count * p_.tiles_per_block);
     int previous = 0;
@@ -60,10 +55,8 @@ class Producer {
         if (i > 0 || part < p_.tiles_per_block - 1) load_value(place, previous);
         previous = key_tile;
       }
-      if (i == 1) look_ahead(__shfl_sync(kFullWarp, taken, 0));
     }
     if (count > 0) load_value(place, previous);
-    if (count < 2) look_ahead(__shfl_sync(kFullWarp, taken, 0));
   }
 
   // Publishes the tile; its arrival on `full` makes TileInfo visible to the consumers.
@@ -115,15 +108,12 @@ class Producer {
                                   const TilePlace& place,
                                   int key_tile) {
     ptx::tma_load(shared, map, full, 0, key_tile * Traits::kKeyRows, 0, place.kv_head, place.batch,
-                  ptx::kEvictLast);
+                  ptx::kEvictNormal);
   }
 
   const Problem& p_;
   SharedStorage<Traits>& shared_;
   const bool leader_;
-  int next_tile_ = 0;
-  TilePlace next_place_;
-  BlockWalk next_walk_;
   Ring<Traits::kQueryStages> query_;
   Ring<Traits::kKeyStages> key_;
   Ring<Traits::kValueStages> value_;

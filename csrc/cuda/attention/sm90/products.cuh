@@ -21,7 +21,7 @@ PROXYATTN_HOST_DEVICE constexpr uint32_t descriptor_step(int bytes) {
 // box. Issues only: the caller commits and waits.
 template <typename Traits>
 PROXYATTN_DEVICE void issue_scores(float (&s)[Traits::kScores], uint64_t query, uint64_t key) {
-  constexpr int kStepsPerBox = kBoxColumns / kDepth;
+  constexpr int kStepsPerBox = kTensorBoxColumns / kDepth;
   constexpr int kStepBytes = Traits::kBoxRowBytes / kStepsPerBox;
   PROXYATTN_UNROLL
   for (int i = 0; i < Traits::kHeadDim / kDepth; ++i) {

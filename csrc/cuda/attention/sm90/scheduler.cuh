@@ -19,8 +19,6 @@ struct TilePlace {
   int kv_head;
   int batch;
 
-  TilePlace() = default;
-
   PROXYATTN_DEVICE TilePlace(const Problem& p, int tile) {
     const int tiles_per_kv = p.num_rows * p.heads_per_kv;
     const int kv = tile / tiles_per_kv;
@@ -33,12 +31,9 @@ struct TilePlace {
 };
 
 // The key blocks of one query tile: a list in global memory, or all visible blocks from the last
-// down. One warp reads it together, 32 entries at a time. Construction only starts the first loads:
-// made while the tile before is worked on, it costs that tile nothing.
+// down. One warp reads it together, 32 entries at a time.
 class BlockWalk {
  public:
-  BlockWalk() = default;
-
   PROXYATTN_DEVICE BlockWalk(const Problem& p, const TilePlace& place)
       : num_kv_blocks_(p.num_kv_blocks) {
     if (p.indices == nullptr) {

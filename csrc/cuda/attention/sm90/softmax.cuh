@@ -4,12 +4,10 @@
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda/attention/sm90/traits.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/softmax.cuh"
+#include "cuda/common/vec.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
@@ -42,15 +40,6 @@ PROXYATTN_DEVICE void mask_scores(float (&s)[Scores], int column, const int (&li
   }
 }
 
-PROXYATTN_DEVICE uint32_t pack_pair(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-PROXYATTN_DEVICE uint32_t pack_pair(float low, float high, __half) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // Exponentials of the scores against `reference`, as the next product's A operand (the layout of an
 // accumulator is that of the operand), and their sums.
 template <typename Element, int Scores>
@@ -66,7 +55,7 @@ PROXYATTN_DEVICE void exponentiate(const float (&s)[Scores],
     for (int j = 0; j < Scores / 4; ++j) {
       const float e0 = softmax_weight(s[4 * j + 2 * r], reference[r], scale_log2);
       const float e1 = softmax_weight(s[4 * j + 2 * r + 1], reference[r], scale_log2);
-      p[2 * j + r] = pack_pair(e0, e1, Element{});
+      p[2 * j + r] = pack_pair<Element>(e0, e1);
       sum0 += e0;
       sum1 += e1;
     }

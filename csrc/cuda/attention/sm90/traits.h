@@ -4,12 +4,14 @@
 #include <cstdint>
 
 #include "cuda/attention/sm90/config.h"
+#include "cuda/common/element.cuh"
+#include "cuda/common/tensor_map.h"
 
 namespace proxyattn::cuda::sm90 {
 
-template <int HeadDim, typename ElementType>
+template <int HeadDim, DType kDType>
 struct Traits {
-  using Element = ElementType;
+  using Element = typename ElementOf<kDType>::Type;
   static constexpr int kHeadDim = HeadDim;
   static constexpr int kKeyRows = tile_config(HeadDim).key_rows;
   static constexpr int kQueryStages = tile_config(HeadDim).query_stages;
@@ -17,9 +19,9 @@ struct Traits {
   static constexpr int kValueStages = tile_config(HeadDim).value_stages;
   static constexpr bool kTwoProbabilities = tile_config(HeadDim).two_probabilities;
 
-  // A tile in shared memory is a row of boxes, each kBoxColumns wide and as high as the tile.
-  static constexpr int kBoxes = HeadDim / kBoxColumns;
-  static constexpr int kBoxRowBytes = kBoxColumns * sizeof(ElementType);
+  // A tile in shared memory is a row of boxes, each kTensorBoxColumns wide and as high as the tile.
+  static constexpr int kBoxes = HeadDim / kTensorBoxColumns;
+  static constexpr int kBoxRowBytes = kTensorBoxColumns * sizeof(Element);
   static constexpr int kQueryBoxBytes = kQueryRows * kBoxRowBytes;
   static constexpr int kKeyBoxBytes = kKeyRows * kBoxRowBytes;
   static constexpr int kQueryTileBytes = kBoxes * kQueryBoxBytes;

@@ -5,10 +5,11 @@
 
 #include <cuda.h>
 
-#include "proxyattn/attention.h"
 #include "proxyattn/types.h"
 
-namespace proxyattn::cuda::sm90 {
+namespace proxyattn::cuda {
+
+inline constexpr int kTensorBoxColumns = 64;  // 128 bytes: the width of the swizzle
 
 struct TensorSizes {
   int64_t tokens;
@@ -23,6 +24,10 @@ struct TensorBox {
   int boxes;
 };
 
+// Whether the copy engine can address the tensor: base and strides of 16 bytes, strides within 40
+// bits.
+bool tensor_map_fits(const void* data, const TensorSizes& sizes, const TokenStrides& strides);
+
 // Dimensions, innermost first: 64 columns, tokens, groups of 64 columns, heads, batch.
 CUtensorMap make_tensor_map(const char* op,
                             const void* data,
@@ -31,11 +36,4 @@ CUtensorMap make_tensor_map(const char* op,
                             const TokenStrides& strides,
                             const TensorBox& box);
 
-// True if q, k, v and out can be addressed so: 16-byte bases and strides, sizes and coordinates of
-// 32 bits; and if the blocks are made of this family's tiles.
-bool fits(const AttentionParams& params);
-
-// Bytes of scratch: the tile counter.
-inline constexpr int64_t kWorkspaceBytes = sizeof(int32_t);
-
-}  // namespace proxyattn::cuda::sm90
+}  // namespace proxyattn::cuda

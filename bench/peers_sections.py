@@ -1,0 +1,293 @@
+"""The sections of compare_peers.py: which cases each has, and who competes in them.
+
+A section is a function of the options that lists ``(case, make_entries)``; ``make_entries(bench)``
+makes the inputs of the case and its entries when its turn comes.
+"""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable
+
+import proxyattn
+import torch
+from peers import (
+    OURS,
+    Entry,
+    dense_builders,
+    ours_dense,
+    ours_over_lists,
+    ours_sparse,
+    sparse_builders,
+)
+from peers_inputs import (
+    Chosen,
+    ExactRows,
+    Inputs,
+    Shape,
+    blocks_for_density,
+    random_blocks,
+    random_inputs,
+    selected_blocks,
+)
+from peers_timing import as_graph
+from torch import Tensor
+
+Entries = dict[str, Entry]
+Cases = list[tuple[dict, Callable[["Bench"], Entries]]]  # noqa: F821
+
+MODES = ("last_block", "coverage")
+#: Heads of a group need unlike numbers of blocks: these shares of the mean, in turn.
+BUDGET_SHARES = (0.5, 0.85, 1.15, 1.5)
+END_TO_END_DENSITY = 0.1
+LONGEST_NON_CAUSAL = 32768
+
+
+def shapes(args: argparse.Namespace, lengths: list[int]) -> list[Shape]:
+    """Every head shape at every length: those asked for, or the section's own."""
+    if args.lengths:
+        lengths = args.lengths
+    elif args.device == "cpu":
+        lengths = [512]
+    return [Shape(n, *heads, args.head_dim) for heads in args.heads for n in lengths]
+
+
+def case_of(shape: Shape, **more: object) -> dict:
+    return {"length": shape.length, "heads": shape.heads(), "head_dim": shape.head_dim, **more}
+
+
+def inputs_for(bench, shape: Shape) -> Inputs:
+    return random_inputs(shape, bench.dtype, bench.device)
+
+
+# ---- dense
+
+
+def dense_cases(args: argparse.Namespace) -> Cases:
+    causal = shapes(args, [8192, 32768, 131072])
+    short = [shape for shape in causal if shape.length <= LONGEST_NON_CAUSAL]
+    longest = max((shape.length for shape in short), default=0)
+    points = [(shape, True) for shape in causal]
+    points += [(shape, False) for shape in short if shape.length == longest]
+    return [
+        (case_of(shape, causal=int(causal)), functools.partial(dense_entries, shape, causal))
+        for shape, causal in points
+    ]
+
+
+def dense_entries(shape: Shape, causal: bool, bench) -> Entries:
+    inputs = inputs_for(bench, shape)
+    exact, flops = ExactRows(inputs, causal), shape.dense_flops(causal)
+    builders = {OURS: ours_dense, **dense_builders(bench.device)}
+    return {
+        who: Entry(functools.partial(build, inputs, causal), flops, exact)
+        for who, build in builders.items()
+    }
+
+
+# ---- sparse and select
+
+
+def sparse_cases(args: argparse.Namespace) -> Cases:
+    points = itertools.product(args.block_sizes, shapes(args, [32768, 131072]), args.densities)
+    return [
+        (
+            case_of(shape, block_size=size, density=density),
+            functools.partial(sparse_entries, shape, size, density),
+        )
+        for size, shape, density in points
+    ]
+
+
+def sparse_entries(shape: Shape, block_size: int, density: float, bench) -> Entries:
+    inputs = inputs_for(bench, shape)
+    chosen = random_blocks(shape, block_size, density, bench.device)
+    return entries_over(inputs, chosen, functools.partial(ours_sparse, inputs, chosen), bench)
+
+
+def entries_over(inputs: Inputs, chosen: Chosen, ours: Callable, bench) -> Entries:
+    """All block-sparse competitors over the same blocks."""
+    exact = ExactRows(inputs, chosen=chosen)
+    flops = inputs.shape.block_flops(chosen.num_blocks, chosen.block_size)
+    builders = {OURS: ours}
+    for who, build in sparse_builders(bench.device).items():
+        builders[who] = functools.partial(build, inputs, chosen)
+    return {who: Entry(build, flops, exact) for who, build in builders.items()}
+
+
+def select_cases(args: argparse.Namespace) -> Cases:
+    densities = [density for density in args.densities if density < 1]
+    points = itertools.product(args.block_sizes, shapes(args, [32768, 131072]), densities)
+    return [
+        (
+            case_of(shape, block_size=size, density=density),
+            functools.partial(select_entries, shape, size, density),
+        )
+        for size, shape, density in points
+    ]
+
+
+def select_entries(shape: Shape, block_size: int, density: float, bench) -> Entries:
+    inputs = inputs_for(bench, shape)
+    num_blocks = -(-shape.length // block_size)
+    mean = blocks_for_density(num_blocks, density)
+    wanted = [max(1, round(mean * BUDGET_SHARES[head % 4])) for head in range(shape.q_heads)]
+    budgets = torch.tensor([wanted], dtype=torch.int32, device=bench.device)
+    estimation = Estimation(inputs, shape.kv_heads, bench.args.stride, block_size, min_budget=0)
+    indices, counts = estimation.select(estimation.score(estimation.pool()), budgets)
+    chosen = selected_blocks(indices, counts, block_size)
+    ours = functools.partial(ours_over_lists, inputs, indices, counts, block_size)
+    return entries_over(inputs, chosen, ours, bench)
+
+
+# ---- estimate
+
+
+class Estimation:
+    """The stages before attention with fixed settings."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        proxies: int,
+        stride: int,
+        block_size: int = 128,
+        mode: str = "last_block",
+        gamma: float = 0.95,
+        min_budget: int | None = None,
+    ):
+        self.q, self.k = inputs.q, inputs.k
+        self.length = inputs.shape.length
+        self.proxies, self.stride, self.block_size = proxies, stride, block_size
+        self.mode, self.gamma, self.min_budget = mode, gamma, min_budget
+
+    def pool(self) -> tuple[Tensor, Tensor]:
+        return proxyattn.pool_heads(self.q, self.k, self.proxies, self.stride)
+
+    def budgets(self) -> Tensor:
+        return proxyattn.estimate_budgets(self.q, self.k, self.gamma, self.block_size)
+
+    def score(self, pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return proxyattn.score_blocks(
+            *pooled,
+            self.length,
+            self.length,
+            self.stride,
+            self.block_size,
+            with_mass=self.mode == "coverage",
+        )
+
+    def select(self, scores: tuple[Tensor, Tensor], budgets: Tensor) -> tuple[Tensor, Tensor]:
+        return proxyattn.select_blocks(
+            *scores,
+            budgets,
+            self.length,
+            self.length,
+            self.block_size,
+            budget_mode=self.mode,
+            min_budget=self.min_budget,
+        )
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """indices and counts."""
+        return self.select(self.score(self.pool()), self.budgets())
+
+
+def estimate_cases(args: argparse.Namespace) -> Cases:
+    lengths = [512] if args.device == "cpu" else [32768, 131072, 262144]
+    points = itertools.product(args.lengths or lengths, args.proxies, MODES)
+    cases = []
+    for length, (q_heads, kv_heads, proxies), mode in points:
+        shape = Shape(length, q_heads, kv_heads, args.head_dim)
+        make = functools.partial(estimate_entries, shape, proxies, mode)
+        cases.append((case_of(shape, proxies=proxies, mode=mode), make))
+    return cases
+
+
+def estimate_entries(shape: Shape, proxies: int, mode: str, bench) -> Entries:
+    estimation = Estimation(inputs_for(bench, shape), proxies, bench.args.stride, mode=mode)
+    pooled, budgets = estimation.pool(), estimation.budgets()
+    scores = estimation.score(pooled)
+    calls = {
+        "all": estimation.all,
+        "pool": estimation.pool,
+        "budget": estimation.budgets,
+        "score": lambda: estimation.score(pooled),
+        "select": lambda: estimation.select(scores, budgets),
+    }
+    entries = {who: Entry(functools.partial(lambda call: call, c)) for who, c in calls.items()}
+    if bench.device.type != "cuda":
+        return entries
+    # The replay comes first: times of the others are given over it.
+    graph = Entry(lambda: checked_graph(estimation.all))
+    return {"all, CUDA graph": graph, **entries}
+
+
+def checked_graph(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable:
+    """The call as a graph that gives the same lists."""
+    indices, counts = call()
+    replay = as_graph(call)
+    got_indices, got_counts = replay()
+    if not (torch.equal(indices, got_indices) and torch.equal(counts, got_counts)):
+        raise RuntimeError("the replay chose other blocks than the call")
+    return replay
+
+
+# ---- end to end
+
+
+def end_to_end_cases(args: argparse.Namespace) -> Cases:
+    return [
+        (case_of(shape, density=END_TO_END_DENSITY), functools.partial(end_to_end_entries, shape))
+        for shape in shapes(args, [32768, 131072, 262144])
+    ]
+
+
+def end_to_end_entries(shape: Shape, bench) -> Entries:
+    """proxy_attention with one and with all proxy heads in both modes, then dense attention.
+
+    With gamma = 0 every budget is one block, so the minimum budget sets how much is read.
+    """
+    inputs = inputs_for(bench, shape)
+    entries = {}
+    for proxies, mode in itertools.product(sorted({1, shape.kv_heads}), MODES):
+        entry = pipeline_entry(inputs, proxies, mode, bench)
+        entries[f"{OURS} g={proxies} {mode}"] = entry
+    exact, flops = ExactRows(inputs), shape.dense_flops(causal=True)
+    for who, build in dense_builders(bench.device).items():
+        entries[who] = Entry(functools.partial(build, inputs, True), flops, exact)
+    return entries
+
+
+def pipeline_entry(inputs: Inputs, proxies: int, mode: str, bench) -> Entry:
+    shape, size = inputs.shape, 128
+    num_blocks = -(-shape.length // size)
+    min_budget = size * blocks_for_density(num_blocks, END_TO_END_DENSITY)
+    settings = {"gamma": 0.0, "min_budget": min_budget}
+    estimation = Estimation(inputs, proxies, bench.args.stride, size, mode, **settings)
+    chosen = selected_blocks(*estimation.all(), size)
+
+    def call() -> Tensor:
+        return proxyattn.proxy_attention(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            stride=bench.args.stride,
+            block_size=size,
+            num_proxy_heads=proxies,
+            budget_mode=mode,
+            **settings,
+        )
+
+    flops = shape.block_flops(chosen.num_blocks, size)
+    note = f"reads {100 * chosen.density():.1f} %"
+    return Entry(lambda: call, flops, ExactRows(inputs, chosen=chosen), note)
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Cases]] = {
+    "dense": dense_cases,
+    "sparse": sparse_cases,
+    "select": select_cases,
+    "estimate": estimate_cases,
+    "end2end": end_to_end_cases,
+}

@@ -1,0 +1,90 @@
+// The end of a query tile: divide by the row sums, round, store out and lse.
+//
+// Rows go through the warp's own part of the query tile in shared memory, which nobody reads any
+// more, so that global memory is written 16 bytes a lane in whole rows.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/sm80/rows.cuh"
+#include "cuda/attention/sm80/traits.h"
+#include "cuda/common/macros.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/vec.cuh"
+#include "cuda/ptx/cp_async.cuh"
+
+namespace proxyattn::cuda::sm80 {
+
+// Completes the row sums and divides. A row that saw nothing has sum 0 and stays 0.
+template <typename Traits>
+PROXYATTN_DEVICE void normalise(typename Traits::Sums& sums, RowState<Traits>& state) {
+  typename Traits::PerRow inverse;
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float sum = group_sum<kQuadLanes>(state.sum[r][half]);
+      state.sum[r][half] = sum;
+      inverse[r][half] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
+    }
+  }
+  scale_rows<Traits>(sums, inverse);
+}
+
+// `lse` is the tile row 0's entry; rows at or past `valid_rows`, counted from the warp's first
+// row, are left alone.
+template <typename Traits>
+PROXYATTN_DEVICE void store_lse(
+    float* lse, const RowState<Traits>& state, float factor, int valid_rows, int lane) {
+  if (lane % kQuadLanes != 0) return;
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = accumulator_row(lane, r, half);
+      if (row < valid_rows) lse[row] = log_sum(state.max[r][half], state.sum[r][half], factor);
+    }
+  }
+}
+
+// `stage` is the warp's rows in shared memory, `out` its first row in global memory.
+template <typename Traits>
+PROXYATTN_DEVICE void store_rows(typename Traits::Element* out,
+                                 int64_t row_stride,
+                                 bool aligned,
+                                 const typename Traits::Sums& sums,
+                                 uint32_t stage,
+                                 int valid_rows,
+                                 int lane) {
+  using Tile = typename Traits::Tile;
+  using Element = typename Traits::Element;
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      PROXYATTN_UNROLL
+      for (int d = 0; d < Traits::kDimTiles; ++d) {
+        const uint32_t pair = pack_pair<Element>(sums[r][d][2 * half], sums[r][d][2 * half + 1]);
+        const uint32_t chunk = Tile::offset(accumulator_row(lane, r, half), d);
+        ptx::store_shared_4(stage + chunk + lane % 4 * 4, pair);
+      }
+    }
+  }
+  // Orders the lanes' stores before the other lanes' loads of them.
+  __syncwarp();
+  constexpr int kRowsPerPass = kWarpLanes / min_of(kWarpLanes, Tile::kChunks);
+  const int chunk = lane % Tile::kChunks;
+  for (int row = lane / Tile::kChunks; row < min_of(valid_rows, Traits::kWarpRows);
+       row += kRowsPerPass) {
+    const uint4 value = ptx::load_shared_16(stage + Tile::offset(row, chunk));
+    Element* target = out + row * row_stride + chunk * kChunkElements;
+    if (aligned) {
+      *reinterpret_cast<uint4*>(target) = value;
+    } else {
+      scatter_chunk(target, value);
+    }
+  }
+}
+
+}  // namespace proxyattn::cuda::sm80

@@ -1,0 +1,63 @@
+// Host side of the portable attention kernel: tile rows, grid, alignment.
+#pragma once
+
+#include <cstdint>
+
+#include "proxyattn/attention.h"
+
+#include "common/math.h"
+#include "cuda/attention/dispatch.h"
+#include "cuda/attention/schedule.h"
+#include "cuda/attention/sm80/config.h"
+#include "cuda/attention/sm80/kernel.cuh"
+#include "cuda/attention/sm80/traits.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/tile.cuh"
+
+namespace proxyattn::cuda::sm80 {
+
+inline constexpr const char* kOp = "block_sparse_attention";
+
+inline bool rows_are_aligned(const void* base, const TokenStrides& strides) {
+  return cuda::rows_are_aligned(base, strides.batch, strides.token, strides.head);
+}
+
+template <typename Traits>
+void launch_tiles(const AttentionParams& p, Stream stream) {
+  // Half of the L2 cache holds keys and values that are shared, the other half what streams by.
+  const int64_t section_bytes = device_attribute(kOp, cudaDevAttrL2CacheSize) / 2;
+  KernelParams kernel;
+  kernel.args = p;
+  kernel.schedule = make_schedule(p, Traits::kTileRows, section_bytes);
+  kernel.num_kv_blocks = static_cast<int>(ceil_div(p.kv_len, p.kv_block));
+  kernel.factor = p.scale * kLog2E;
+  kernel.q_aligned = rows_are_aligned(p.q, p.q_strides);
+  kernel.k_aligned = rows_are_aligned(p.k, p.k_strides);
+  kernel.v_aligned = rows_are_aligned(p.v, p.v_strides);
+  kernel.out_aligned = rows_are_aligned(p.out, p.out_strides);
+  LaunchShape shape{kernel.schedule.num_thread_blocks()};
+  shape.threads = kThreads;
+  shape.shared_bytes = Traits::kSharedBytes;
+  launch<attention_kernel<Traits>>(kOp, shape, stream, kernel);
+}
+
+// Large tiles read shared memory half as often, but one block alone on an SM leaves its tensor
+// cores idle during the softmax.
+inline bool two_blocks_fit(int shared_bytes_per_block) {
+  return device_attribute(kOp, cudaDevAttrMaxSharedMemoryPerMultiprocessor) >=
+         2 * (shared_bytes_per_block + kReservedSharedBytes);
+}
+
+template <int kHeadDim, DType kDType>
+void launch_attention(const AttentionParams& params, Stream stream) {
+  if constexpr (has_large_tile(kHeadDim)) {
+    using Large = Traits<kHeadDim, kDType, kLargeTileRows>;
+    if (params.q_block % kLargeTileRows == 0 && two_blocks_fit(Large::kSharedBytes)) {
+      return launch_tiles<Large>(params, stream);
+    }
+  }
+  launch_tiles<Traits<kHeadDim, kDType, kSmallTileRows>>(params, stream);
+}
+
+}  // namespace proxyattn::cuda::sm80

@@ -1,0 +1,36 @@
+// Which calls the sm90 family takes.
+#include <cstdint>
+
+#include "proxyattn/attention.h"
+
+#include "cuda/attention/dispatch.h"
+#include "cuda/attention/sm90/config.h"
+#include "cuda/common/tensor_map.h"
+
+namespace proxyattn::cuda::sm90 {
+namespace {
+
+constexpr int64_t kMaxTokens = int64_t{1} << 30;  // coordinates and list places have 32 bits
+constexpr int64_t kMaxTiles = int64_t{1} << 30;
+
+}  // namespace
+
+bool fits(const AttentionParams& p) {
+  const int64_t key_rows = tile_config(static_cast<int>(p.head_dim)).key_rows;
+  const bool tiled = p.q_block == kQueryRows && p.kv_block % key_rows == 0;
+  const bool counted = 0 < p.kv_len && p.kv_len <= kMaxTokens && p.q_len <= kMaxTokens &&
+                       0 <= p.q_offset && p.q_offset <= kMaxTokens &&
+                       p.list_capacity <= kMaxTokens &&
+                       p.batch * p.q_heads * (p.rows.end - p.rows.begin) <= kMaxTiles;
+  const TensorSizes queries{p.q_len, p.head_dim, p.q_heads, p.batch};
+  const TensorSizes keys{p.kv_len, p.head_dim, p.kv_heads, p.batch};
+  return tiled && counted && tensor_map_fits(p.q, queries, p.q_strides) &&
+         tensor_map_fits(p.k, keys, p.k_strides) && tensor_map_fits(p.v, keys, p.v_strides) &&
+         tensor_map_fits(p.out, queries, p.out_strides);
+}
+
+int64_t workspace_bytes(const AttentionParams&) {
+  return kCounterBytes;
+}
+
+}  // namespace proxyattn::cuda::sm90

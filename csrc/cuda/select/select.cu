@@ -1,0 +1,102 @@
+#include "proxyattn/select.h"
+
+#include "common/validate.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/limits.h"
+#include "cuda/select/select_kernel.cuh"
+
+namespace proxyattn::cuda {
+namespace {
+
+constexpr const char* kOp = "select_blocks";
+
+// Rows with at most `capacity` visible blocks are sorted by one thread block of this shape.
+struct SizeClass {
+  int64_t capacity;
+  void (*launch)(const SelectArgs& args, const RowClass& rows, int64_t num_rows, Stream stream);
+};
+
+template <int kThreads, int kItems, int kParts>
+void launch_class(const SelectArgs& args, const RowClass& rows, int64_t num_rows, Stream stream) {
+  LaunchShape shape{num_rows * args.num_lists};
+  shape.threads = kThreads;
+  shape.shared_bytes = sizeof(typename RowSelector<kThreads, kItems, kParts>::Shared);
+  static_assert(sizeof(typename RowSelector<kThreads, kItems, kParts>::Shared) <=
+                kPortableSharedBytes);
+  launch<select_blocks_kernel<kThreads, kItems, kParts>>(kOp, shape, stream, args, rows);
+}
+
+template <int kThreads, int kItems, int kParts>
+constexpr SizeClass make_class() {
+  return {RowSelector<kThreads, kItems, kParts>::kCapacity, launch_class<kThreads, kItems, kParts>};
+}
+
+constexpr SizeClass kSizeClasses[] = {
+    make_class<128, 1, 1>(),  make_class<128, 4, 1>(), make_class<256, 4, 1>(),
+    make_class<256, 8, 1>(),  make_class<512, 8, 1>(), make_class<512, 16, 1>(),
+    make_class<512, 16, 2>(),
+};
+static_assert(kSizeClasses[6].capacity == kMaxCudaKvBlocks);
+
+SelectArgs make_args(const SelectParams& p) {
+  SelectArgs args{};
+  args.grid = {p.q_len, p.kv_len, p.q_block, p.kv_block, p.q_offset, p.causal};
+  args.num_sink_blocks = p.num_sink_blocks;
+  args.num_local_blocks = p.num_local_blocks;
+  args.num_lists = p.batch * p.proxy_heads;
+  args.first_row = p.rows.begin;
+  args.num_rows = p.rows.end - p.rows.begin;
+  args.num_blocks = args.grid.num_kv_blocks();
+  args.list_heads = p.q_heads / p.proxy_heads;
+  args.min_blocks = ceil_div(min_of(p.min_budget, p.kv_len), p.kv_block);
+  args.peak = p.peak;
+  args.mass = p.mass;
+  args.budgets = p.budgets;
+  args.indices = p.indices;
+  args.counts = p.counts;
+  args.shares = p.budget_mode == BudgetMode::kCoverage ? p.shares : nullptr;
+  return args;
+}
+
+// Launches rows [begin, end), which may be of different lengths: visible() never falls with m, so
+// each class is a range of rows. The longest come first.
+void launch_rows(
+    const SelectArgs& args, int64_t begin, int64_t end, bool sets_shares, Stream stream) {
+  while (begin < end) {
+    const SizeClass* size = kSizeClasses;
+    while (size->capacity < args.grid.visible(end - 1)) ++size;
+    int64_t first = begin;
+    if (size != kSizeClasses) {
+      const int64_t too_short = (size - 1)->capacity;
+      // Bisection: rows [begin, first) fit the class below.
+      int64_t last = end - 1;
+      while (first < last) {
+        const int64_t middle = first + (last - first) / 2;
+        if (args.grid.visible(middle) <= too_short) {
+          first = middle + 1;
+        } else {
+          last = middle;
+        }
+      }
+    }
+    size->launch(args, RowClass{end, sets_shares}, end - first, stream);
+    end = first;
+  }
+}
+
+}  // namespace
+
+void select_blocks(const SelectParams& params, Stream stream) {
+  validate_select(params);
+  const SelectArgs args = make_args(params);
+  check_num_kv_blocks(kOp, args.num_blocks);
+  int64_t end = params.rows.end;
+  if (args.shares != nullptr && args.num_rows > 0 && end == args.grid.num_q_blocks()) {
+    // The last query block sets the shares of all others and so goes first.
+    launch_rows(args, end - 1, end, /*sets_shares=*/true, stream);
+    --end;
+  }
+  launch_rows(args, params.rows.begin, end, /*sets_shares=*/false, stream);
+}
+
+}  // namespace proxyattn::cuda

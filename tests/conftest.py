@@ -1,0 +1,76 @@
+"""Devices, seeds and the choice of cases. Every case that names `device` runs on each device."""
+
+import os
+
+# Before numpy loads: the reference's products are small, and threads that wait for each other take
+# the cores from the kernels under test.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import proxyattn
+import pytest
+import torch
+
+
+def _missing_cuda() -> str | None:
+    """Why there are no CUDA cases here, or None when there are."""
+    if not any(config["device"] == "cuda" for config in proxyattn.supported_configs()):
+        return "this build of proxyattn has no CUDA kernels"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def _require_cuda():
+    reason = _missing_cuda()
+    if reason is None:
+        return
+    if os.environ.get("PROXYATTN_REQUIRE_CUDA", "0") not in ("", "0"):
+        pytest.fail(f"PROXYATTN_REQUIRE_CUDA is set, but {reason}")
+    pytest.skip(f"needs CUDA: {reason}")
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    if request.param == "cuda":
+        _require_cuda()
+    return request.param
+
+
+@pytest.fixture
+def cuda() -> str:
+    """For what only a GPU can show."""
+    _require_cuda()
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def _is_fp32_on_cuda(item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    dtype = params.get("dtype", getattr(params.get("case"), "dtype", None))
+    return params.get("device") == "cuda" and dtype == torch.float32
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out float32 on GPUs, which has no kernels (test_errors.py holds them to refusing it),
+    and the slow sweeps, unless the command line asks for them."""
+    wants_slow = "slow" in config.option.markexpr or any("::" in arg for arg in config.args)
+    dropped = [
+        item
+        for item in items
+        if _is_fp32_on_cuda(item) or (item.get_closest_marker("slow") and not wants_slow)
+    ]
+    config.hook.pytest_deselected(items=dropped)
+    dropped = set(dropped)
+    items[:] = [item for item in items if item not in dropped]

@@ -1,0 +1,106 @@
+// The geometry of blocks against its definition, key by key.
+#include <cstdint>
+#include <set>
+
+#include "check.h"
+#include "common/block_grid.h"
+
+namespace proxyattn {
+namespace {
+
+// Key block n is visible to query block m if any of its keys is visible to any of its queries.
+bool sees(const BlockGrid& grid, int64_t m, int64_t n) {
+  for (int64_t i = m * grid.q_block; i < min_of((m + 1) * grid.q_block, grid.q_len); ++i) {
+    for (int64_t j = n * grid.kv_block; j < min_of((n + 1) * grid.kv_block, grid.kv_len); ++j) {
+      if (!grid.causal || j <= grid.q_offset + i) return true;
+    }
+  }
+  return false;
+}
+
+template <typename Check>
+void for_many_grids(const Check& check) {
+  for (const int64_t q_block : {2, 4}) {
+    for (const int64_t kv_block : {2, 4}) {
+      for (int64_t kv_len = 1; kv_len <= 13; ++kv_len) {
+        for (int64_t q_len = 1; q_len <= kv_len; ++q_len) {
+          check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, true});
+          check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, false});
+        }
+      }
+    }
+  }
+}
+
+TEST(visible_blocks_are_those_with_a_visible_key) {
+  for_many_grids([](const BlockGrid& grid) {
+    CHECK_EQ(grid.num_q_blocks(), (grid.q_len + grid.q_block - 1) / grid.q_block);
+    CHECK_EQ(grid.num_kv_blocks(), (grid.kv_len + grid.kv_block - 1) / grid.kv_block);
+    for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
+      for (int64_t n = 0; n < grid.num_kv_blocks(); ++n) {
+        CHECK_EQ(n < grid.visible(m), sees(grid, m, n));
+      }
+    }
+  });
+}
+
+TEST(forced_blocks_follow_the_text) {
+  for_many_grids([](const BlockGrid& grid) {
+    for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
+      for (const int64_t num_sinks : {0, 1, 2, 100}) {
+        for (const int64_t num_local : {0, 1, 2, 100}) {
+          const int64_t visible = grid.visible(m);
+          std::vector<int64_t> expected;
+          if (grid.causal && num_local > 0) {
+            // Down to the block of the query block's first position, then num_local - 1 more.
+            const int64_t own = grid.first_position(m) / grid.kv_block;
+            for (int64_t n = visible - 1; n >= 0 && n >= own - (num_local - 1); --n) {
+              expected.push_back(n);
+            }
+          }
+          const std::set<int64_t> local(expected.begin(), expected.end());
+          for (int64_t n = 0; n < min_of(num_sinks, visible); ++n) {
+            if (local.count(n) == 0) expected.push_back(n);
+          }
+          const ForcedBlocks forced(grid, m, num_sinks, num_local);
+          CHECK_EQ(forced.count(), static_cast<int64_t>(expected.size()));
+          for (std::size_t rank = 0; rank < expected.size(); ++rank) {
+            CHECK_EQ(forced.block_at(static_cast<int64_t>(rank)), expected[rank]);
+            CHECK_EQ(forced.rank_of(expected[rank]), static_cast<int64_t>(rank));
+          }
+          const std::set<int64_t> all(expected.begin(), expected.end());
+          for (int64_t n = 0; n < visible; ++n) {
+            if (all.count(n) == 0) CHECK_EQ(forced.rank_of(n), -1);
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(a_causal_grid_by_hand) {
+  // Queries stand at positions 3 to 9; query blocks {3..6} and {7..9}; key blocks of 4.
+  const BlockGrid grid{7, 10, 4, 4, 3, true};
+  CHECK_EQ(grid.first_position(1), 7);
+  CHECK_EQ(grid.last_position(1), 9);
+  CHECK_EQ(grid.visible(0), 2);
+  CHECK_EQ(grid.visible(1), 3);
+  const ForcedBlocks forced(grid, 1, 1, 1);  // blocks 2 and 1 are local, 0 is the sink
+  CHECK_EQ(forced.count(), 3);
+  CHECK_EQ(forced.block_at(0), 2);
+  CHECK_EQ(forced.block_at(1), 1);
+  CHECK_EQ(forced.block_at(2), 0);
+}
+
+TEST(no_keys_are_no_blocks) {
+  const BlockGrid grid{5, 0, 4, 4, -5, false};
+  CHECK_EQ(grid.visible(0), 0);
+  CHECK_EQ(ForcedBlocks(grid, 0, 1, 1).count(), 0);
+}
+
+}  // namespace
+}  // namespace proxyattn
+
+int main() {
+  return proxyattn::test::run_all();
+}
