@@ -2,10 +2,14 @@
 lists of cases that give every value of every axis its share."""
 
 import numpy as np
+import proxyattn
 import torch
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+#: Those that this build has kernels for, so that a new one is tested from its first day.
+HEAD_DIMS = tuple(sorted({config["head_dim"] for config in proxyattn.supported_configs()}))
 
 #: Ways to hold a [batch, token, head, head_dim] tensor. All but the first leave room between or
 #: around the rows, filled with NaN, so that a read outside the tensor shows.

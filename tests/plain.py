@@ -13,6 +13,20 @@ def pool(x, num_groups, stride):
     return x[:, ::stride].unflatten(2, (num_groups, x.shape[2] // num_groups)).mean(3)
 
 
+def seen_keys(indices, counts, q_len, kv_len, block_size, causal):
+    """bool [B, Hq, M, N]: the visible keys of the chosen blocks."""
+    device = indices.device
+    batch, q_heads, num_rows = counts.shape
+    lists = indices.long().repeat_interleave(q_heads // indices.shape[1], dim=1)
+    num_blocks = -(-kv_len // block_size)
+    used = torch.arange(lists.shape[3], device=device) < counts[..., None]
+    chosen = torch.zeros(batch, q_heads, num_rows, num_blocks + 1, device=device)
+    chosen.scatter_(3, torch.where(used, lists, num_blocks), 1.0)  # unused entries to the end
+    rows, keys = (torch.arange(n, device=device) for n in (q_len, kv_len))
+    seen = chosen[:, :, rows[:, None] // block_size, keys // block_size] > 0
+    return seen & (keys <= rows[:, None] + (kv_len - q_len)) if causal else seen
+
+
 def attention(q, k, v, seen, scale=None):
     """out [B, M, Hq, D]; seen bool [B, Hq, M, N]: which keys take part."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale

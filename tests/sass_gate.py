@@ -1,8 +1,10 @@
 """Checks the machine code of every built CUDA kernel: python tests/sass_gate.py BUILD_DIR
 
-No kernel may use stack or local memory, which is where spilled registers go. The attention kernels
-for sm90 must multiply with warpgroup instructions and with nothing else. Needs cuobjdump and
-nvdisasm, on PATH or from the pip packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+No kernel may use stack or local memory, which is where spilled registers go. Kernels of an sm90
+family must multiply with warpgroup instructions and with nothing else, and those of attention must
+hold exactly the products and waits that their source has: ptxas adds waits where it serialises.
+Needs cuobjdump and nvdisasm, on PATH or from the pip packages nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm.
 """
 
 import argparse
@@ -12,18 +14,25 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 # Folder of the kernels that must run on the tensor cores of sm90 by warpgroup instructions.
-WARPGROUP_FAMILY = "attention/sm90"
+WARPGROUP_FAMILY = "/sm90/"
 WARPGROUP_PRODUCT = "HGMMA"
+WARPGROUP_WAIT = "WARPGROUP.DEPBAR"
+# (products, waits) of the attention kernels by head_dim, both consumer warpgroups together. A
+# warpgroup scores its first tile, repeats a step (two copies of it for 128) that scores a tile and
+# adds an output, and adds the last output: a wait after each end and two in each step.
+ATTENTION_COUNTS = {64: (48, 8), 128: (96, 12), 256: (80, 8)}
+_ATTENTION_HEAD_DIM = re.compile(r"attention_kernel.*?Li(\d+)E")
 WARP_PRODUCT = "HMMA"
 LOCAL_ACCESS = ("LDL", "STL")
 
 _USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<local>\d+)")
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)")
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]*)")
 
 
 @dataclass(frozen=True)
@@ -65,17 +74,19 @@ def parse_usage(text: str) -> Iterator[Kernel]:
             name = ""
 
 
-def parse_instructions(text: str) -> dict[tuple[str, str], set[str]]:
-    """Names of the instructions of each (arch, kernel) in the output of cuobjdump -sass."""
-    found: dict[tuple[str, str], set[str]] = {}
-    arch, names = "", set()
+def parse_instructions(text: str) -> dict[tuple[str, str], Counter[str]]:
+    """How often each instruction, with and without its suffixes, stands in each (arch, kernel) of
+    the output of cuobjdump -sass; of the suffixes only the first counts."""
+    found: dict[tuple[str, str], Counter[str]] = {}
+    arch, names = "", Counter()
     for line in text.splitlines():
         if line.startswith("arch = "):
             arch = line.removeprefix("arch = ").strip()
         elif line.strip().startswith("Function : "):
-            names = found.setdefault((arch, line.strip().removeprefix("Function : ")), set())
+            names = found.setdefault((arch, line.strip().removeprefix("Function : ")), Counter())
         elif instruction := _INSTRUCTION.match(line):
-            names.add(instruction[1])
+            parts = instruction[1].split(".")
+            names.update({parts[0], ".".join(parts[:2])})
     return found
 
 
@@ -86,10 +97,16 @@ def check_usage(kernels: list[Kernel]) -> Iterator[str]:
                 yield f"{kernel.name} ({kernel.arch}) uses {size} bytes of {what}"
 
 
-def check_warpgroup(instructions: dict[tuple[str, str], set[str]]) -> Iterator[str]:
+def check_warpgroup(instructions: dict[tuple[str, str], Counter[str]]) -> Iterator[str]:
     for (arch, name), names in instructions.items():
-        if WARPGROUP_PRODUCT not in names:
-            yield f"{name} ({arch}) has no {WARPGROUP_PRODUCT}"
+        if head_dim := _ATTENTION_HEAD_DIM.search(name):
+            expected = ATTENTION_COUNTS[int(head_dim[1])]
+            found = (names[WARPGROUP_PRODUCT], names[WARPGROUP_WAIT])
+            if found != expected:
+                yield (
+                    f"{name} ({arch}) must have {expected[0]} {WARPGROUP_PRODUCT} and "
+                    f"{expected[1]} {WARPGROUP_WAIT}, got {found[0]} and {found[1]}"
+                )
         for unwanted in (WARP_PRODUCT, *LOCAL_ACCESS):
             if unwanted in names:
                 yield f"{name} ({arch}) has {unwanted}"

@@ -349,6 +349,20 @@ def test_same_bits_every_time(device, dtype, head_dim, set_threads):
             assert_same_bits(got, want)
 
 
+def test_heads_that_share_a_list_do_as_they_would_alone(device):
+    """However many of them a kernel works on at a time, each stops at its own count."""
+    q, k, v = random_inputs(device, 1500, 1500, (8, 2))
+    lists, counts = random_lists(device, 2, 8, 24, 24)
+    shared = lists[:, ::4].contiguous()
+    alone = shared.repeat_interleave(4, dim=1)
+    together, together_lse = proxyattn.block_sparse_attention(
+        q, k, v, shared, counts, 64, return_lse=True
+    )
+    apart, apart_lse = proxyattn.block_sparse_attention(q, k, v, alone, counts, 64, return_lse=True)
+    assert_same_bits(together, apart)
+    assert_same_bits(together_lse, apart_lse)
+
+
 def test_lse_is_no_part_of_the_output(device):
     q, k, v = random_inputs(device, 300, 640)
     lists, counts = random_lists(device, 2, 2, 5, 10)

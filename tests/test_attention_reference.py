@@ -7,7 +7,7 @@ import plain
 import proxyattn
 import pytest
 import torch
-from inputs import DTYPES, LAYOUTS, LENGTHS, balanced, lay_out, name_of, normal
+from inputs import DTYPES, HEAD_DIMS, LAYOUTS, LENGTHS, balanced, lay_out, name_of, normal
 from reference import attention as reference
 from tolerance import assert_close, assert_within, fp32_attention_errors
 
@@ -54,7 +54,7 @@ def cases(count, seed):
             (14, 2, 2),
             (8, 1, 2),
         ),
-        "head_dim": (64, 128, 256),
+        "head_dim": HEAD_DIMS,
         "block_size": (64, 128),
         "lists": ("random", "all", "one", "ragged", "wide"),
         "scale": (None, 0.2),
@@ -84,18 +84,6 @@ def make_lists(rng, kind, batch, q_heads, list_heads, num_rows, num_blocks):
     unused = np.arange(capacity) >= per_list[..., None]
     indices[unused] = rng.choice(FILLERS, size=np.count_nonzero(unused))
     return indices, counts
-
-
-def seen_keys(indices, counts, case):
-    """bool [B, Hq, M, N]: the visible keys of the chosen blocks."""
-    q_len, kv_len, causal = case.lengths
-    batch, q_heads, num_rows = counts.shape
-    chosen = np.zeros((batch, q_heads, num_rows, -(-kv_len // case.block_size)), dtype=bool)
-    for b, h, m in np.ndindex(counts.shape):
-        chosen[b, h, m, indices[b, h * indices.shape[1] // q_heads, m, : counts[b, h, m]]] = True
-    rows, keys = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
-    visible = keys <= rows + (kv_len - q_len) if causal else True
-    return chosen[:, :, rows // case.block_size, keys // case.block_size] & visible
 
 
 def check(case, device):
@@ -130,7 +118,7 @@ def check(case, device):
     if case.dtype == torch.float32:
         assert_within(out, want_out, out_error, "out")
     else:
-        seen = torch.from_numpy(seen_keys(indices, counts, case)).to(device)
+        seen = plain.seen_keys(*lists, q_len, kv_len, case.block_size, causal)
         assert_close(out, want_out, plain.attention(*tensors, seen, case.scale), "out")
 
 

@@ -8,7 +8,17 @@ import numpy as np
 import proxyattn
 import pytest
 import torch
-from inputs import DTYPES, HALF_DTYPES, LAYOUTS, LENGTHS, balanced, lay_out, name_of, normal
+from inputs import (
+    DTYPES,
+    HALF_DTYPES,
+    HEAD_DIMS,
+    LAYOUTS,
+    LENGTHS,
+    balanced,
+    lay_out,
+    name_of,
+    normal,
+)
 from reference import budget as reference
 
 #: A budget may be off by one block where the cumulative share is this close to gamma.
@@ -138,7 +148,7 @@ def cases(count, seed):
         "batch": (1, 3),
         "lengths": LENGTHS + LONG,
         "heads": ((1, 1), (4, 4), (4, 1), (8, 2), (7, 1), (14, 2), (8, 1)),
-        "head_dim": (64, 128, 256),
+        "head_dim": HEAD_DIMS,
         "block_size": (64, 128),
         "gamma": (0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 0.9999),
         "scale": (None, 0.25),

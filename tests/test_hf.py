@@ -57,7 +57,7 @@ def assert_like_sdpa(model, actual, ids, **arguments):
     """Within twice SDPA's own error against float64."""
     exact = copy.deepcopy(model).double()
     reference = to_numpy(logits_of(exact, "eager", ids, **arguments))
-    assert_close(actual, reference, [logits_of(model, "sdpa", ids, **arguments)], "logits")
+    assert_close(actual, reference, logits_of(model, "sdpa", ids, **arguments), "logits")
 
 
 def sparse_layers(recording):
@@ -135,6 +135,22 @@ def test_two_names_hold_two_settings(device):
         logits_of(model, "proxyattn", ids)
     thin, exact = recording.sparse[0], recording.sparse[2]
     assert thin.share < 1.0 and exact.share == 1.0
+
+
+def test_it_compiles_without_a_break(device):
+    model, ids = tiny_model("Llama", device), prompt(device)
+    model.set_attn_implementation("proxyattn")
+    called = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        actual = compiled(ids).logits
+    assert called.count("proxyattn.proxy_attention") == 2
+    assert_like_sdpa(model, actual, ids)
 
 
 # ---- masks and caches

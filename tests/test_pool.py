@@ -7,7 +7,17 @@ import plain
 import proxyattn
 import pytest
 import torch
-from inputs import DTYPES, HALF_DTYPES, HEADS, LAYOUTS, balanced, lay_out, name_of, normal
+from inputs import (
+    DTYPES,
+    HALF_DTYPES,
+    HEAD_DIMS,
+    HEADS,
+    LAYOUTS,
+    balanced,
+    lay_out,
+    name_of,
+    normal,
+)
 from reference import pool as reference
 from tolerance import FP32_UNIT, assert_close, assert_same_bits, to_numpy
 
@@ -97,7 +107,7 @@ def cases(count, seed):
         "q_len": LENGTH_VALUES,
         "kv_len": LENGTH_VALUES,
         "heads": HEADS,
-        "head_dim": (64, 128, 256),
+        "head_dim": HEAD_DIMS,
         "stride": (1, 2, 4, 8),
         "dtype": DTYPES,
         "q_layout": LAYOUTS,

@@ -23,6 +23,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   check_rank(kOp, "indices", indices, 4);
   check_dtype(kOp, "indices", indices, at::kInt);
   check_device(kOp, "indices", indices, "q", q);
+  check_rank(kOp, "counts", counts, 3);
   check_dtype(kOp, "counts", counts, at::kInt);
   check_device(kOp, "counts", counts, "q", q);
 
@@ -56,7 +57,9 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   at::Tensor lse = return_lse ? at::empty({params.batch, params.q_heads, params.q_len},
                                           q.options().dtype(at::kFloat))
                               : unused_output(q);
-  const at::Tensor lists = indices.contiguous();
+  // Without an element a tensor has no address, and no address would mean all visible blocks.
+  const at::Tensor lists =
+      indices.numel() > 0 ? indices.contiguous() : at::empty({1}, indices.options());
   const at::Tensor list_counts = counts.contiguous();
   params.q_strides = strides_of(q);
   params.k_strides = strides_of(k);

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -157,15 +156,17 @@ def record() -> Iterator[Recording]:
 # ---- the two functions that transformers calls
 
 
-@cache
+_KERNELS = frozenset(
+    (config["device"], config["head_dim"], getattr(torch, config["dtype"]))
+    for config in supported_configs()
+)
+_LEAST_CAPABILITY = (8, 0)
+
+
 def _can_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
-    wanted = (device.type, head_dim, str(dtype).removeprefix("torch."))
-    return any(
-        (config["device"], config["head_dim"], config["dtype"]) == wanted
-        for config in supported_configs()
-    )
+    return (device.type, head_dim, dtype) in _KERNELS
 
 
 def _is_plain_causal(mask: Tensor | None) -> bool:
@@ -216,8 +217,9 @@ class _Hook:
             return None
         if not allow_is_causal_skip or self.is_short(q_length, torch.device(device)):
             return None
-        if torch.compiler.is_compiling():
-            return None  # what follows reads values
+        reads_values = attention_mask is not None or isinstance(q_offset, Tensor)
+        if reads_values and torch.compiler.is_compiling():
+            return None
         seen = int(q_offset) + q_length
         if attention_mask is not None:
             real = attention_mask[:, :seen]

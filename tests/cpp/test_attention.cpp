@@ -259,7 +259,7 @@ TEST(nan_stays_in_the_blocks_that_hold_it) {
     for (int32_t m = 0; m < 4; ++m) {
       for (int32_t i = 0; i < 4; ++i) lists.indices.push_back(i == 0 ? m : i - 1);
     }
-    // Head 0 reads its own block only, head 1 also block 0 (or itself again is avoided by count 1).
+    // Head 0 reads its own block only, head 1 block 0 too.
     lists.counts = {1, 1, 1, 1, 1, 2, 2, 2};
     const Outputs clean = attend(in, lists);
     in.k.set(0, 3, 0, 7, kNan);

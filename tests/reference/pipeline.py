@@ -1,6 +1,5 @@
-"""The five stages in a row, with the roundings that the formulas ask for between them."""
+"""Stages 1 to 4 in a row, with the rounding that the formulas ask for between them."""
 
-from reference.attention import block_sparse_attention
 from reference.budget import estimate_budgets
 from reference.pool import pool_heads
 from reference.score import score_blocks
@@ -20,9 +19,9 @@ def choose_blocks(
     block_size=128,
     **selection,
 ):
-    """Stages 1 to 4. `round_to_dtype` rounds an array to the inputs' dtype.
+    """Returns a dict of indices, counts, budgets, peak and mass.
 
-    Returns a dict with indices, counts, budgets, peak and mass.
+    `round_to_dtype` rounds an array to the inputs' dtype.
     """
     q_len, kv_len = q.shape[1], k.shape[1]
     pooled = pool_heads(q, k, num_proxy_heads, stride)
@@ -39,12 +38,3 @@ def choose_blocks(
         "peak": peak,
         "mass": mass,
     }
-
-
-def proxy_attention(q, k, v, *, causal=True, scale=None, block_size=128, **settings):
-    """Returns out, lse, and the dict of choose_blocks()."""
-    chosen = choose_blocks(q, k, causal=causal, scale=scale, block_size=block_size, **settings)
-    out, lse = block_sparse_attention(
-        q, k, v, chosen["indices"], chosen["counts"], block_size, causal, scale
-    )
-    return out, lse, chosen

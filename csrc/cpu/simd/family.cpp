@@ -137,12 +137,12 @@ PROXYATTN_INLINE void product(const float* left,
   }
 }
 
-// Each score is the sum of its sums over kChunk dimensions, which halves the rounding error of one
-// long sum at head_dim 256 and costs a few per cent of this product.
+// A score is added up from sums over kChunk dimensions, which have half the rounding error of one
+// long sum at head_dim 256 and take no more time.
 template <int kCount>
 void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores) {
   constexpr int64_t kChunk = 64;
-  static_assert(kChunk <= kHeadDims[0]);
+  static_assert(kHeadDims[0] % kChunk == 0);
   for (int64_t d = 0; d < head_dim; d += kChunk) {
     Vec sums[kCount][2];
     product<kCount>(keys + d, head_dim, 1, queries + d * kPanel, kChunk, sums);
@@ -173,7 +173,7 @@ void accumulate_rows(const float* packed_values,
   }
 }
 
-// Calls function.operator()<n>() for n = count, which is in [1, kLimit].
+// Calls function with `count` as a constant; count is in [0, kLimit], and 0 calls nothing.
 template <int kLimit, typename Function>
 PROXYATTN_INLINE void with_count(int64_t count, const Function& function) {
   if constexpr (kLimit > 0) {
@@ -198,15 +198,21 @@ void scores(
 
 // Columns in groups of kRows, each group [kMaxTileKeys][group size]: the place of a value does not
 // depend on how many keys there are.
-void pack_values(const float* values, int64_t num_keys, int64_t head_dim, float* packed) {
-  for (int64_t d = 0; d < head_dim; d += kRows) {
-    const int64_t size = head_dim - d < kRows ? head_dim - d : kRows;
-    float* group = packed + d * kMaxTileKeys;
-    for (int64_t key = 0; key < num_keys; ++key) {
-      const float* row = values + key * head_dim + d;
-      for (int64_t i = 0; i < size; ++i) group[key * size + i] = row[i];
-    }
+template <int kCount>
+void pack_columns(const float* values, int64_t num_keys, int64_t head_dim, float* group) {
+  for (int64_t key = 0; key < num_keys; ++key) {
+    std::memcpy(group + key * kCount, values + key * head_dim, kCount * sizeof(float));
   }
+}
+
+void pack_values(const float* values, int64_t num_keys, int64_t head_dim, float* packed) {
+  int64_t d = 0;
+  for (; d + kRows <= head_dim; d += kRows) {
+    pack_columns<kRows>(values + d, num_keys, head_dim, packed + d * kMaxTileKeys);
+  }
+  with_count<kRows - 1>(head_dim - d, [&](auto count) {
+    pack_columns<count>(values + d, num_keys, head_dim, packed + d * kMaxTileKeys);
+  });
 }
 
 void accumulate(const float* packed_values,

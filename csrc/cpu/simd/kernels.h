@@ -16,7 +16,7 @@ namespace proxyattn::cpu {
 // Keys that one call of a kernel sees at most.
 inline constexpr int64_t kMaxTileKeys = 128;
 inline constexpr int64_t kMaxHeadDim = 256;
-// Rows of any family's panel divide this.
+// A multiple of every family's panel.
 inline constexpr int64_t kMaxPanel = 32;
 
 struct Kernels {

@@ -50,7 +50,7 @@ class KeyTileWalk {
         remaining_(list.count),
         kv_block_(kv_block),
         num_blocks_(num_blocks),
-        key_limit_(key_limit) {
+        key_limit_(max_of(key_limit, 0)) {
     read_ahead();
   }
 

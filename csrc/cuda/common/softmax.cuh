@@ -17,12 +17,14 @@ inline constexpr float kLn2 = 0.6931471805599453f;
 inline constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 PROXYATTN_DEVICE float softmax_reference(float row_max, float factor) {
-  return row_max == kMinusInfinity ? 0.0f : row_max * factor;
+  return row_max == kMinusInfinity ? 0.0f : __fmul_rn(row_max, factor);
 }
 
-// What sums taken against `old_max` must be multiplied by to stand against `reference`.
+// What sums taken against `old_max` must be multiplied by to stand against `reference`. The
+// product is rounded by itself, as in softmax_reference, so that a maximum that did not move
+// gives exactly 1.
 PROXYATTN_DEVICE float softmax_rescale(float old_max, float reference, float factor) {
-  return ptx::ex2(fmaf(old_max, factor, -reference));
+  return ptx::ex2(__fmul_rn(old_max, factor) - reference);
 }
 
 PROXYATTN_DEVICE float softmax_weight(float logit, float reference, float factor) {

@@ -32,8 +32,8 @@ PROXYATTN_DEVICE void normalise(typename Traits::Sums& sums, RowState<Traits>& s
   scale_rows<Traits>(sums, inverse);
 }
 
-// `lse` is the tile row 0's entry; rows at or past `valid_rows`, counted from the warp's first
-// row, are left alone.
+// `lse` is the entry of the warp's first row. Of the warp's rows the first `valid_rows` exist; the
+// others are not written.
 template <typename Traits>
 PROXYATTN_DEVICE void store_lse(
     float* lse, const RowState<Traits>& state, float factor, int valid_rows, int lane) {
@@ -48,7 +48,7 @@ PROXYATTN_DEVICE void store_lse(
   }
 }
 
-// `stage` is the warp's rows in shared memory, `out` its first row in global memory.
+// `stage` is the warp's first row in shared memory, `out` the one in global memory.
 template <typename Traits>
 PROXYATTN_DEVICE void store_rows(typename Traits::Element* out,
                                  int64_t row_stride,

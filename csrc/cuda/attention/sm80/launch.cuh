@@ -19,8 +19,12 @@ namespace proxyattn::cuda::sm80 {
 
 inline constexpr const char* kOp = "block_sparse_attention";
 
-inline bool rows_are_aligned(const void* base, const TokenStrides& strides) {
-  return cuda::rows_are_aligned(base, strides.batch, strides.token, strides.head);
+// Of a [batch, tokens, heads, head_dim] tensor. A dimension of size 1 has no neighbours, whatever
+// its stride says.
+inline bool rows_are_aligned(
+    const void* base, const TokenStrides& strides, int64_t batch, int64_t tokens, int64_t heads) {
+  return cuda::rows_are_aligned(base, batch > 1 ? strides.batch : 0, tokens > 1 ? strides.token : 0,
+                                heads > 1 ? strides.head : 0);
 }
 
 template <typename Traits>
@@ -32,10 +36,10 @@ void launch_tiles(const AttentionParams& p, Stream stream) {
   kernel.schedule = make_schedule(p, Traits::kTileRows, section_bytes);
   kernel.num_kv_blocks = static_cast<int>(ceil_div(p.kv_len, p.kv_block));
   kernel.factor = p.scale * kLog2E;
-  kernel.q_aligned = rows_are_aligned(p.q, p.q_strides);
-  kernel.k_aligned = rows_are_aligned(p.k, p.k_strides);
-  kernel.v_aligned = rows_are_aligned(p.v, p.v_strides);
-  kernel.out_aligned = rows_are_aligned(p.out, p.out_strides);
+  kernel.q_aligned = rows_are_aligned(p.q, p.q_strides, p.batch, p.q_len, p.q_heads);
+  kernel.k_aligned = rows_are_aligned(p.k, p.k_strides, p.batch, p.kv_len, p.kv_heads);
+  kernel.v_aligned = rows_are_aligned(p.v, p.v_strides, p.batch, p.kv_len, p.kv_heads);
+  kernel.out_aligned = rows_are_aligned(p.out, p.out_strides, p.batch, p.q_len, p.q_heads);
   LaunchShape shape{kernel.schedule.num_thread_blocks()};
   shape.threads = kThreads;
   shape.shared_bytes = Traits::kSharedBytes;

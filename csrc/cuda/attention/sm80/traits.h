@@ -3,26 +3,13 @@
 
 #include <cstdint>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "proxyattn/types.h"
 
 #include "cuda/attention/sm80/config.h"
+#include "cuda/common/element.cuh"
 #include "cuda/common/tile.cuh"
 
 namespace proxyattn::cuda::sm80 {
-
-template <DType kDType>
-struct ElementOf;
-template <>
-struct ElementOf<DType::kBFloat16> {
-  using Type = __nv_bfloat16;
-};
-template <>
-struct ElementOf<DType::kFloat16> {
-  using Type = __half;
-};
 
 template <int kHeadDim_, DType kDType, int kTileRows_>
 struct Traits {
@@ -40,10 +27,9 @@ struct Traits {
   static constexpr int kSlots = num_slots(kTileRows);
   static constexpr int kSlotBytes = Tile::bytes(kTileKeys);
   static constexpr int kQueryBytes = Tile::bytes(kTileRows);
+  static constexpr int kTileBytes = kQueryBytes + kSlots * kSlotBytes;
   static constexpr int kSharedBytes = shared_bytes(kHeadDim, kTileRows);
   static constexpr int kBlocksPerSm = blocks_per_sm(kHeadDim, kTileRows);
-
-  static constexpr int kTileBytes = kQueryBytes + kSlots * kSlotBytes;
 
   static_assert(kSharedBytes == kTileBytes + kBlockWorkBytes);
   static_assert(kWarpRows % 16 == 0 && kTileKeys % 16 == 0 && kHeadDim % 16 == 0);

@@ -8,11 +8,9 @@
 
 namespace proxyattn::cuda::sm90 {
 
-inline constexpr int kQueryRows = 128;         // of a thread block
-inline constexpr int kWarpgroupRows = 64;      // of a consumer warpgroup: one wgmma high
-inline constexpr int kThreads = 384;           // producer warpgroup and two consumers
-inline constexpr int kProducerRegisters = 40;  // 128 * 40 + 256 * 232 fits in 65,536
-inline constexpr int kConsumerRegisters = 232;
+inline constexpr int kQueryRows = 128;          // of a thread block
+inline constexpr int kWarpgroupRows = 64;       // of a consumer warpgroup: one wgmma high
+inline constexpr int kThreads = 384;            // producer warpgroup and two consumers
 inline constexpr int64_t kCounterBytes = 4;     // scratch: the number of tiles handed out
 inline constexpr int kMaxSharedBytes = 232448;  // a block's limit on compute capability 9.0
 
@@ -23,18 +21,22 @@ struct TileConfig {
   int value_stages;
   // Two sets of probabilities in registers let softmax overlap a warpgroup's own products.
   bool two_probabilities;
+  int blocks_per_sm;
+  // Of a thread of the producer warpgroup and of the consumers; traits.h checks the sum.
+  int producer_registers;
+  int consumer_registers;
 };
 
 constexpr TileConfig tile_config(int head_dim) {
   // 256: 128 accumulators of output leave registers for 64 keys and one set of probabilities; one
   // 64 KB query tile and two stages of 32 KB each for keys and values fill shared memory.
-  if (head_dim == 256) return {64, 1, 2, 2, false};
+  if (head_dim == 256) return {64, 1, 2, 2, false, 1, 40, 232};
   // 128: two query tiles, three key and two value stages of 32 KB: the most that fits. The third
   // key stage gains 1 %, the second set of probabilities 4 to 7 % (H100, 32K to 128K tokens).
-  if (head_dim == 128) return {128, 2, 3, 2, true};
+  if (head_dim == 128) return {128, 2, 3, 2, true, 1, 40, 232};
   // 64: tiles of 16 KB, so that latency is covered by more stages. Bound by exponentials, so that
   // a second set of probabilities gains nothing.
-  return {128, 2, 4, 4, false};
+  return {128, 2, 4, 4, false, 1, 40, 232};
 }
 
 }  // namespace proxyattn::cuda::sm90

@@ -2,11 +2,11 @@
 //
 //   o = softmax(scale * q k^T over the chosen blocks) v,   lse = its log-sum-exp
 //
-// Shapes: see problem.h. Grid: one persistent thread block per multiprocessor; warpgroup 0 gives
-// its registers away and one of its warps loads (producer.cuh), warpgroups 1 and 2 compute 64 query
-// rows each (consumer.cuh). Shared memory: query, key and value rings (shared_storage.cuh), up to
-// 226 KB. Assumes query blocks of 128 rows, key blocks that are multiples of the key tile, and
-// tensors that the copy engine can address (launch.cuh checks both).
+// Shapes: see problem.h. Grid: persistent thread blocks, one or two per multiprocessor; warpgroup 0
+// gives its registers away and one of its warps loads (producer.cuh), warpgroups 1 and 2 compute 64
+// query rows each (consumer.cuh). Shared memory: query, key and value rings (shared_storage.cuh),
+// up to 226 KB. Assumes query blocks of 128 rows, key blocks that are multiples of the key tile,
+// and tensors that the copy engine can address (launch.cuh checks both).
 #pragma once
 
 #include "cuda/attention/sm90/consumer.cuh"
@@ -19,9 +19,9 @@
 namespace proxyattn::cuda::sm90 {
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
     attention_kernel(const __grid_constant__ Problem problem) {
-  static_assert(sizeof(SharedStorage<Traits>) <= kMaxSharedBytes);
+  static_assert(Traits::kBlocksPerSm * sizeof(SharedStorage<Traits>) <= kMaxSharedBytes);
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(raw_shared);
   // Through a shuffle, so that the compiler knows the role to be uniform in a warp.
@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // the barriers are initialised
 
   if (warpgroup == 0) {
-    ptx::give_back_registers<kProducerRegisters>();
+    ptx::give_back_registers<Traits::kProducerRegisters>();
     if (threadIdx.x < 32) Producer<Traits>(problem, shared).run();
   } else {
-    ptx::take_registers<kConsumerRegisters>();
+    ptx::take_registers<Traits::kConsumerRegisters>();
     if (warpgroup == 1) {
       Consumer<Traits, 0>(problem, shared).run();
     } else {

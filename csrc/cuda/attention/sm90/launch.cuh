@@ -67,7 +67,8 @@ void launch_attention(const AttentionParams& params, Stream stream) {
   PROXYATTN_CUDA_CALL(kOp, cudaMemsetAsync(problem.next_tile, 0, kCounterBytes, stream));
   LaunchShape shape{};
   shape.grid_x =
-      min_of<int64_t>(device_attribute(kOp, cudaDevAttrMultiProcessorCount), problem.num_tiles);
+      min_of<int64_t>(Traits::kBlocksPerSm * device_attribute(kOp, cudaDevAttrMultiProcessorCount),
+                      problem.num_tiles);
   shape.grid_y = shape.grid_z = 1;
   shape.threads = kThreads;
   shape.shared_bytes = sizeof(SharedStorage<Traits>);

@@ -1,0 +1,72 @@
+"""Runs every op once on small ragged shapes on the GPU, for NVIDIA's checkers of memory and races:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitizer.py
+    compute-sanitizer --tool racecheck python tests/sanitizer.py
+
+(and initcheck, synccheck likewise). Without torch's cache every tensor is an allocation of its own,
+so that memcheck sees the first byte that is read or written beside it. It is no test on its own: it
+only looks whether the results are finite.
+"""
+
+import itertools
+import os
+
+import proxyattn
+import torch
+
+
+def random_tensor(*shape, dtype):
+    return torch.randn(shape, device="cuda").to(dtype)
+
+
+def run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype):
+    q = random_tensor(1, q_len, 4, head_dim, dtype=dtype)
+    k, v = (random_tensor(1, kv_len, 2, head_dim, dtype=dtype) for _ in range(2))
+    lengths = (q_len, kv_len)
+    proxies = proxyattn.pool_heads(q, k, 2, stride)
+    peak, mass = proxyattn.score_blocks(
+        *proxies, *lengths, stride, block_size, causal, with_mass=True
+    )
+    proxyattn.score_blocks(*proxies, *lengths, stride, block_size, causal)
+    budgets = proxyattn.estimate_budgets(q, k, 0.7, block_size, causal)
+    for mode in ("last_block", "coverage"):
+        lists = proxyattn.select_blocks(
+            peak, mass, budgets, *lengths, block_size, causal, mode, min_budget=0
+        )
+        out, lse = proxyattn.block_sparse_attention(
+            q, k, v, *lists, block_size, causal, return_lse=True
+        )
+        assert out.isfinite().all() and lse.isfinite().all()
+        for gamma in (0.7, 1.0):
+            out = proxyattn.proxy_attention(
+                q,
+                k,
+                v,
+                causal=causal,
+                gamma=gamma,
+                stride=stride,
+                block_size=block_size,
+                budget_mode=mode,
+                min_budget=0,
+            )
+            assert out.isfinite().all()
+
+
+def main():
+    torch.manual_seed(0)
+    shapes = [(1, 1, True), (65, 65, True), (130, 331, True), (200, 77, False)]
+    families = ["", "sm80"]
+    for family in families:
+        os.environ["PROXYATTN_FAMILY"] = family
+        for (q_len, kv_len, causal), head_dim, block_size in itertools.product(
+            shapes, (64, 128, 256), (64, 128)
+        ):
+            dtype = torch.float16 if block_size == 64 else torch.bfloat16
+            stride = {64: 1, 128: 4, 256: 8}[head_dim]
+            run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype)
+    torch.cuda.synchronize()
+    print("all ops ran")
+
+
+if __name__ == "__main__":
+    main()

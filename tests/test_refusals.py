@@ -1,0 +1,173 @@
+"""Calls that are refused for more than a single argument: devices, gradients, lists, workspace."""
+
+import proxyattn
+import pytest
+import torch
+from arguments import OPS, good_arguments, message_of, smallest_workspace
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_good_arguments_are_good(device, op):
+    """Or the tests above would prove little."""
+    result = getattr(proxyattn, op)(**good_arguments(op, device))
+    for tensor in result if isinstance(result, tuple) else [result]:
+        assert tensor.device.type == device
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "others"])
+def test_meta_among_real_tensors(device, op, first):
+    """Either way round: the tensor that is elsewhere is named, and nothing is computed."""
+    arguments = good_arguments(op, device)
+    if op == "select_blocks":
+        arguments["budget_mode"] = "coverage"
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    real = str(arguments[names[0]].device)
+    moved = names[:1] if first else names[1:]
+    for name in moved:
+        changed = {**arguments, name: arguments[name].to("meta")}
+        with pytest.raises(TypeError) as error:
+            getattr(proxyattn, op)(**changed)
+        places = ("meta", real) if first else (real, "meta")
+        blamed = r"\w+" if first else name
+        text = f"{op}: {blamed} must be on the device of {names[0]}, {places[0]}, got {places[1]}"
+        assert error.match(f"^{text}$".replace("(", r"\("))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_among_cuda_tensors(cuda, op):
+    arguments = good_arguments(op, cuda)
+    if op == "select_blocks":
+        arguments["budget_mode"] = "coverage"
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+    for name in names[1:]:
+        with pytest.raises(TypeError) as error:
+            getattr(proxyattn, op)(**{**arguments, name: arguments[name].cpu()})
+        assert message_of(error) == (
+            f"{op}: {name} must be on the device of {names[0]}, {arguments[names[0]].device}, "
+            "got cpu"
+        )
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_to_be_differentiated(device, op):
+    arguments = good_arguments(op, device)
+    floats = [
+        name
+        for name, value in arguments.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
+    for name in floats:
+        changed = {**arguments, name: arguments[name].clone().requires_grad_()}
+        with pytest.raises(RuntimeError) as error:
+            getattr(proxyattn, op)(**changed)
+        assert message_of(error) == (
+            f"{op}: {name} must not require grad, there is no backward; call it under "
+            "torch.no_grad() or detach the tensor"
+        )
+        with torch.no_grad():
+            getattr(proxyattn, op)(**changed)
+        with torch.inference_mode():
+            getattr(proxyattn, op)(**arguments)
+
+
+def bad_lists():
+    """(indices or counts, its new value at the first place, message), the CPU op refuses these."""
+    capacity = "counts must be in [0, 4], the lists' capacity, got"
+    blocks = "indices must name key blocks in [0, 4), got"
+    return [
+        ("counts", -1, f"{capacity} -1"),
+        ("counts", 5, f"{capacity} 5"),
+        ("counts", 2**31 - 1, f"{capacity} 2147483647"),
+        ("indices", -1, f"{blocks} -1"),
+        ("indices", 4, f"{blocks} 4"),
+        ("indices", -(2**31), f"{blocks} -2147483648"),
+    ]
+
+
+def attention_with_lists(device):
+    arguments = good_arguments("block_sparse_attention", device)
+    arguments["indices"] = torch.arange(4, dtype=torch.int32, device=device).repeat(2, 2, 2, 1)
+    arguments["counts"] = torch.full((2, 4, 2), 2, dtype=torch.int32, device=device)
+    return arguments
+
+
+@pytest.mark.parametrize(("name", "value", "message"), bad_lists())
+def test_lists_out_of_range_on_the_cpu(name, value, message):
+    arguments = attention_with_lists("cpu")
+    arguments[name].view(-1)[-1 if name == "counts" else 0] = value
+    with pytest.raises(ValueError) as error:
+        proxyattn.block_sparse_attention(**arguments)
+    assert message_of(error) == f"block_sparse_attention: {message}"
+
+
+@pytest.mark.parametrize(("name", "value", "message"), bad_lists())
+def test_check_block_lists_out_of_range(device, monkeypatch, name, value, message):
+    arguments = attention_with_lists(device)
+    arguments[name].view(-1)[0] = value
+    with pytest.raises(ValueError) as error:
+        proxyattn.check_block_lists(arguments["indices"], arguments["counts"], 200, 64)
+    assert str(error.value) == f"block_sparse_attention: {message}"
+    monkeypatch.setenv("PROXYATTN_CHECK", "1")
+    with pytest.raises(ValueError) as error:
+        proxyattn.block_sparse_attention(**arguments)
+    assert str(error.value) == f"block_sparse_attention: {message}"
+
+
+def test_check_block_lists_duplicates(device, monkeypatch):
+    arguments = attention_with_lists(device)
+    indices, counts = arguments["indices"], arguments["counts"]
+    indices[1, 1, 0, 2] = 0  # repeats the first, past the count of two
+    proxyattn.check_block_lists(indices, counts, 200, 64)
+    counts[1, 3, 0] = 3  # now a head of that list reads it
+    with pytest.raises(ValueError) as error:
+        proxyattn.check_block_lists(indices, counts, 200, 64)
+    assert str(error.value) == (
+        "block_sparse_attention: indices must be unique in each list, got 0 twice"
+    )
+    monkeypatch.setenv("PROXYATTN_CHECK", "1")
+    with pytest.raises(ValueError, match="unique in each list"):
+        proxyattn.block_sparse_attention(**arguments)
+    monkeypatch.setenv("PROXYATTN_CHECK", "0")
+    proxyattn.block_sparse_attention(**arguments)
+
+
+def test_check_block_lists_takes_what_select_blocks_gives(device, monkeypatch):
+    monkeypatch.setenv("PROXYATTN_CHECK", "1")
+    arguments = good_arguments("select_blocks", device)
+    indices, counts = proxyattn.select_blocks(**arguments)
+    attention = good_arguments("block_sparse_attention", device)
+    proxyattn.block_sparse_attention(**{**attention, "indices": indices, "counts": counts})
+    empty = torch.zeros(0, 2, 2, 4, dtype=torch.int32, device=device)
+    proxyattn.check_block_lists(empty, empty[:, :, :, 0].repeat(1, 2, 1), 200, 64)
+
+
+@pytest.mark.parametrize("change", [{"indices": "dim"}, {"counts": "dim"}, {"counts": "heads"}])
+def test_check_leaves_shapes_to_the_same_words(device, monkeypatch, change):
+    """With the check on, a wrong shape reads as it does without it."""
+    (name, what), *_ = change.items()
+    arguments = attention_with_lists(device)
+    arguments[name] = arguments[name][0] if what == "dim" else arguments[name][:1]
+    messages = []
+    for check in ("0", "1"):
+        monkeypatch.setenv("PROXYATTN_CHECK", check)
+        with pytest.raises(ValueError) as error:
+            proxyattn.block_sparse_attention(**arguments)
+        messages.append(message_of(error))
+    assert messages[0] == messages[1]
+
+
+def test_workspace_too_small(device):
+    arguments = good_arguments("proxy_attention", device)
+    needed = smallest_workspace(arguments)
+    assert smallest_workspace(arguments, limit=needed - 1) == needed
+    assert smallest_workspace(arguments, limit=-1) == needed
+    proxyattn.proxy_attention(**arguments, max_workspace_bytes=needed)
+
+
+def test_wrong_python_types_are_refused(device):
+    """By torch's schema check, which names the argument."""
+    arguments = good_arguments("pool_heads", device)
+    for name, value in [("q", "text"), ("stride", 2.5), ("num_proxy_heads", "2")]:
+        with pytest.raises((RuntimeError, TypeError), match=name):
+            torch.ops.proxyattn.pool_heads(*{**arguments, name: value}.values())
