@@ -355,7 +355,12 @@ def test_wrong_settings_are_refused_at_once(changes, message):
 # ---- a real model
 
 
-@pytest.mark.skipif(not CODE_MODEL.is_dir(), reason="the code model is not beside the checkout")
+needs_code_model = pytest.mark.skipif(
+    not CODE_MODEL.is_dir(), reason="the code model is not beside the checkout"
+)
+
+
+@needs_code_model
 def test_a_real_model_answers_from_the_blocks_it_reads(device):
     tokenizer = transformers.AutoTokenizer.from_pretrained(CODE_MODEL)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -369,3 +374,33 @@ def test_a_real_model_answers_from_the_blocks_it_reads(device):
     assert sparse_layers(recording) == list(range(8)) and not recording.dense
     assert recording.share <= 0.6
     assert num_right(logits, ids, answers) >= NUM_QUESTIONS - 1
+
+
+@needs_code_model
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gamma": 0.95, "budget_mode": "last_block"},
+        {"gamma": 0.9, "budget_mode": "coverage"},
+    ],
+    ids=lambda settings: settings["budget_mode"],
+)
+def test_long_prompts_are_answered_on_a_gpu(cuda, settings):
+    """48 questions over four prompts of 16K tokens: sparse loses at most two of what dense gets."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(CODE_MODEL)
+    model = transformers.AutoModelForCausalLM.from_pretrained(CODE_MODEL, dtype=torch.bfloat16)
+    model = model.to(cuda).eval()
+    hf.register(**settings, min_seqlen=1024)
+    right = {"sdpa": 0, "proxyattn": 0}
+    shares = []
+    for seed in range(4):
+        ids, answers = retrieval_prompt(tokenizer, 16_384, seed)
+        for implementation in right:
+            with hf.record() as recording:
+                logits = logits_of(model, implementation, torch.tensor([ids], device=cuda))[0]
+            right[implementation] += num_right(logits.float().cpu(), ids, answers)
+        assert sparse_layers(recording) == list(range(8)) and not recording.dense
+        shares.append(recording.share)
+    print(f"{settings}: right of 48 {right}, blocks read {sum(shares) / len(shares):.3f}")
+    assert right["sdpa"] >= 44
+    assert right["proxyattn"] >= right["sdpa"] - 2

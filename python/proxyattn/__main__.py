@@ -70,7 +70,8 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
             parser.error(f"argument --device: got {name}, but torch finds no GPU")
         if (device.index or 0) >= torch.cuda.device_count():
             parser.error(f"argument --device: got {name}, of {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(device)
+        # Not before torch 2.13 does set_device take a device without an index.
+        torch.cuda.set_device(device.index or 0)
     return device
 
 

@@ -27,8 +27,6 @@ enum class WaitSite : int {
   kConsumerQuery,
   kConsumerKey,
   kConsumerValue,
-  kProducerItem,
-  kFinisherItem,
 };
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
