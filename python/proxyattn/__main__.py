@@ -70,7 +70,7 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
             parser.error(f"argument --device: got {name}, but torch finds no GPU")
         if (device.index or 0) >= torch.cuda.device_count():
             parser.error(f"argument --device: got {name}, of {torch.cuda.device_count()} GPUs")
-        # Not before torch 2.13 does set_device take a device without an index.
+        # Some versions of torch take no device without an index here.
         torch.cuda.set_device(device.index or 0)
     return device
 
