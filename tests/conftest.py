@@ -5,6 +5,10 @@ import os
 # Before numpy loads: the reference's products are small, and threads that wait for each other take
 # the cores from the kernels under test.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Workers of pytest-xdist share the cores, and so do the processes that their tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _cores = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores)))
 
 import proxyattn
 import pytest

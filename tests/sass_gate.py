@@ -19,15 +19,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Folder of the kernels that must run on the tensor cores of sm90 by warpgroup instructions.
-WARPGROUP_FAMILY = "/sm90/"
+# Objects whose kernels must run on the tensor cores of sm90 by warpgroup instructions.
+_WARPGROUP_OBJECT = re.compile(r"/sm90/hdim\d+_\w+\.cu\.o$")
 WARPGROUP_PRODUCT = "HGMMA"
 WARPGROUP_WAIT = "WARPGROUP.DEPBAR"
-# (products, waits) of the attention kernels by head_dim, both consumer warpgroups together. A
-# warpgroup scores its first tile, repeats a step (two copies of it for 128) that scores a tile and
-# adds an output, and adds the last output: a wait after each end and two in each step.
-ATTENTION_COUNTS = {64: (48, 8), 128: (96, 12), 256: (80, 8)}
+# (products, waits) of the attention kernels by head_dim. A warpgroup scores its first tile, repeats
+# a step (two copies of it for 128) that scores a tile and adds an output, and adds the last output:
+# a wait after each end and two in each step.
+ATTENTION_COUNTS = {64: (16, 4), 128: (48, 6), 256: (40, 4)}
 _ATTENTION_HEAD_DIM = re.compile(r"attention_kernel.*?Li(\d+)E")
+# The same of the score and budget kernels: the logits of one tile, waited for.
+LOGIT_COUNTS = {64: (4, 1), 128: (8, 1), 256: (16, 1)}
+_LOGIT_HEAD_DIM = re.compile(r"(?:score|block_lse)_kernel.*?LogitTraitsILi(\d+)E")
 WARP_PRODUCT = "HMMA"
 LOCAL_ACCESS = ("LDL", "STL")
 
@@ -97,10 +100,19 @@ def check_usage(kernels: list[Kernel]) -> Iterator[str]:
                 yield f"{kernel.name} ({kernel.arch}) uses {size} bytes of {what}"
 
 
+def expected_counts(name: str) -> tuple[int, int] | None:
+    """(products, waits) that a kernel for sm90 must have; None if nothing is known of it."""
+    if head_dim := _ATTENTION_HEAD_DIM.search(name):
+        return ATTENTION_COUNTS[int(head_dim[1])]
+    if head_dim := _LOGIT_HEAD_DIM.search(name):
+        return LOGIT_COUNTS[int(head_dim[1])]
+    return None
+
+
 def check_warpgroup(instructions: dict[tuple[str, str], Counter[str]]) -> Iterator[str]:
     for (arch, name), names in instructions.items():
-        if head_dim := _ATTENTION_HEAD_DIM.search(name):
-            expected = ATTENTION_COUNTS[int(head_dim[1])]
+        expected = expected_counts(name)
+        if expected is not None:
             found = (names[WARPGROUP_PRODUCT], names[WARPGROUP_WAIT])
             if found != expected:
                 yield (
@@ -124,7 +136,7 @@ def check_object(path: Path) -> tuple[int, list[str]]:
 
     kernels = list(parse_usage(dump("-res-usage")))
     failures = list(check_usage(kernels))
-    if WARPGROUP_FAMILY in path.as_posix():
+    if _WARPGROUP_OBJECT.search(path.as_posix()):
         instructions = parse_instructions(dump("-sass"))
         if not instructions:
             failures.append("no kernel was found in it")

@@ -1,6 +1,7 @@
 """The transformers hook: what runs sparse, what runs dense and why, and that both are right."""
 
 import copy
+import inspect
 from pathlib import Path
 
 import proxyattn
@@ -15,6 +16,12 @@ hf = pytest.importorskip("proxyattn.hf")
 CODE_MODEL = Path(__file__).parents[2] / "shared" / "models" / "code-llama-26m"
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
 SLIDING = ["sliding_attention", "full_attention"]
+# What forward calls the cache; newer releases have a shorter name.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+)
 EXACT = {"gamma": 1.0, "min_seqlen": 128}
 
 
@@ -216,7 +223,7 @@ def test_chunks_of_a_prompt_are_sparse(kind, device):
     cache, chunks = _cache(kind, model), []
     with hf.record() as recording, torch.no_grad():
         for chunk in ids.split([150, 130, 120], dim=1):
-            chunks.append(model(chunk, cache=cache).logits)
+            chunks.append(model(chunk, **{CACHE: cache}).logits)
     lengths = [(call.q_len, call.kv_len) for call in recording.sparse]
     assert lengths == [(150, 150)] * 2 + [(130, 280)] * 2
     assert recording.dense == {(0, "short"): 1, (1, "short"): 1}
@@ -229,8 +236,8 @@ def test_a_chunk_that_needs_gradients_gets_its_mask(device):
     cache = transformers.DynamicCache(config=model.config)
     with hf.record() as recording:
         with torch.no_grad():
-            first = model(ids[:, :150], cache=cache).logits
-        second = model(ids[:, 150:], cache=cache).logits
+            first = model(ids[:, :150], **{CACHE: cache}).logits
+        second = model(ids[:, 150:], **{CACHE: cache}).logits
     assert recording.dense == {(0, "gradient"): 1, (1, "gradient"): 1}
     assert_like_sdpa(model, torch.cat([first, second.detach()], dim=1), ids)
 
@@ -386,14 +393,17 @@ def test_a_real_model_answers_from_the_blocks_it_reads(device):
     ids=lambda settings: settings["budget_mode"],
 )
 def test_long_prompts_are_answered_on_a_gpu(cuda, settings):
-    """48 questions over four prompts of 16K tokens: sparse loses at most two of what dense gets."""
+    """144 questions over twelve prompts of 16K tokens: of what dense gets, sparse loses at most two
+    in 48. Over the first 48 alone the count says little: which questions of a prompt go wrong hangs
+    on a few close calls, and some prompts have several."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(CODE_MODEL)
     model = transformers.AutoModelForCausalLM.from_pretrained(CODE_MODEL, dtype=torch.bfloat16)
     model = model.to(cuda).eval()
     hf.register(**settings, min_seqlen=1024)
     right = {"sdpa": 0, "proxyattn": 0}
     shares = []
-    for seed in range(4):
+    num_prompts = 12
+    for seed in range(num_prompts):
         ids, answers = retrieval_prompt(tokenizer, 16_384, seed)
         for implementation in right:
             with hf.record() as recording:
@@ -401,6 +411,7 @@ def test_long_prompts_are_answered_on_a_gpu(cuda, settings):
             right[implementation] += num_right(logits.float().cpu(), ids, answers)
         assert sparse_layers(recording) == list(range(8)) and not recording.dense
         shares.append(recording.share)
-    print(f"{settings}: right of 48 {right}, blocks read {sum(shares) / len(shares):.3f}")
-    assert right["sdpa"] >= 44
-    assert right["proxyattn"] >= right["sdpa"] - 2
+    asked = num_prompts * NUM_QUESTIONS
+    print(f"{settings}: right of {asked} {right}, blocks read {sum(shares) / len(shares):.3f}")
+    assert right["sdpa"] >= 0.92 * asked
+    assert right["proxyattn"] >= right["sdpa"] - 2 * asked // 48

@@ -28,7 +28,8 @@ from proxyattn._stages import Settings, run_stages, visible_blocks
 MIN_SEQLEN = {"cpu": 8192, "cuda": 8192}
 
 # Arguments that change what attention computes, and that the sparse kernels know nothing of.
-_UNSUPPORTED_ARGUMENTS = ("sliding_window", "softcap", "position_bias", "output_attentions")
+_UNSUPPORTED_ARGUMENTS = ("sliding_window", "position_bias", "output_attentions")
+_REFUSED_ARGUMENTS = {"s_aux": "learned sinks (s_aux)", "softcap": "capped scores (softcap)"}
 
 
 def register(
@@ -240,12 +241,13 @@ class _Hook:
         **kwargs,
     ) -> tuple[Tensor, None]:
         """``query [B, Hq, M, D]``, ``key, value [B, Hkv, N, D]`` to ``[B, M, Hq, D]`` and None."""
-        if kwargs.get("s_aux") is not None:
-            # SDPA would leave the sinks out without a word.
-            raise ValueError(
-                "proxyattn: attention with learned sinks (s_aux) is not supported, and neither is "
-                "it by SDPA; use attn_implementation='eager' for this model"
-            )
+        for name, what in _REFUSED_ARGUMENTS.items():
+            # SDPA, in some versions, would leave it out without a word.
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"proxyattn: attention with {what} is not supported, and neither is it by "
+                    "SDPA; use attn_implementation='eager' for this model"
+                )
         if _is_plain_causal(attention_mask):
             seen = attention_mask.shape[3]
             key, value = key[:, :, :seen], value[:, :, :seen]

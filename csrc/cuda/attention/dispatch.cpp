@@ -2,13 +2,9 @@
 // takes the call's layout.
 #include "cuda/attention/dispatch.h"
 
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <string>
 #include <vector>
-
-#include <cuda_runtime_api.h>
 
 #include "proxyattn/attention.h"
 #include "proxyattn/device.h"
@@ -16,22 +12,17 @@
 
 #include "common/math.h"
 #include "common/validate.h"
-#include "cuda/common/check.h"
+#include "cuda/common/family.h"
 
 namespace proxyattn::cuda {
 namespace {
 
 constexpr const char* kOp = "block_sparse_attention";
-// Forces a family, so that one can check another on the same device.
-constexpr const char* kFamilyVariable = "PROXYATTN_FAMILY";
 // Kernels number tokens with 32 bits, and look a few tiles past the last.
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() - 1024;
 
 struct Kernel {
-  const char* family;
-  // Compute capabilities, 10 * major + minor, that the family was built for.
-  int min_capability;
-  int max_capability;
+  Family family;
   int64_t head_dim;
   DType dtype;
   void (*launch)(const AttentionParams& params, Stream stream);
@@ -39,20 +30,15 @@ struct Kernel {
   int64_t (*workspace_bytes)(const AttentionParams& params);  // null: needs none
 };
 
-constexpr int kAnyNewer = std::numeric_limits<int>::max();
-
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm80_kernel() {
-  return {"sm80",  80,     kAnyNewer, kHeadDim, kDType, sm80::launch_attention<kHeadDim, kDType>,
-          nullptr, nullptr};
+  return {kSm80, kHeadDim, kDType, sm80::launch_attention<kHeadDim, kDType>, nullptr, nullptr};
 }
 
 #ifdef PROXYATTN_HAS_SM90
-// Built from instructions of compute capability 9.0 that no other has.
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm90_kernel() {
-  return {"sm90",     90,
-          90,         kHeadDim,
+  return {kSm90,      kHeadDim,
           kDType,     sm90::launch_attention<kHeadDim, kDType>,
           sm90::fits, sm90::workspace_bytes};
 }
@@ -74,63 +60,33 @@ bool is_built_for(const Kernel& kernel, const AttentionParams& p) {
   return kernel.head_dim == p.head_dim && kernel.dtype == p.dtype;
 }
 
-bool runs_on(const Kernel& kernel, int capability) {
-  return kernel.min_capability <= capability && capability <= kernel.max_capability;
-}
-
-int current_capability() {
-  int device = 0;
-  PROXYATTN_CUDA_CALL(kOp, cudaGetDevice(&device));
-  return device_capability(device);
-}
-
 // "sm80 (head_dim 64, bfloat16), ..." of the kernels that the device can run.
 std::string describe_kernels(int capability) {
   std::string text;
   for (const Kernel& kernel : kKernels) {
-    if (!runs_on(kernel, capability)) continue;
+    if (!kernel.family.runs_on(capability)) continue;
     if (!text.empty()) text += ", ";
-    text += join_message(kernel.family, " (head_dim ", kernel.head_dim, ", ",
+    text += join_message(kernel.family.name, " (head_dim ", kernel.head_dim, ", ",
                          dtype_name(kernel.dtype), ")");
   }
   return text.empty() ? "none" : text;
 }
 
-std::string describe_call(const AttentionParams& p, int capability) {
-  return join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype),
-                      ", compute capability ", capability / 10, ".", capability % 10);
-}
-
-// The name in PROXYATTN_FAMILY; null when the variable is unset or empty.
-const char* forced_family() {
-  const char* name = std::getenv(kFamilyVariable);
-  if (name == nullptr || *name == '\0') return nullptr;
-  std::string families;
-  for (const Kernel& kernel : kKernels) {
-    if (std::strcmp(kernel.family, name) == 0) return name;
-    if (families.find(kernel.family) != std::string::npos) continue;
-    families += (families.empty() ? "" : ", ") + std::string(kernel.family);
-  }
-  throw InvalidArgument(
-      join_message(kOp, ": ", kFamilyVariable, " must be one of ", families, ", got ", name));
+std::string describe_call(const AttentionParams& p) {
+  return join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype));
 }
 
 const Kernel& choose_kernel(const AttentionParams& p) {
-  const int capability = current_capability();
-  const char* family = forced_family();
+  const FamilyChoice choice(kOp);
   for (const Kernel& kernel : kKernels) {
-    if (family != nullptr && std::strcmp(kernel.family, family) != 0) continue;
-    if (!is_built_for(kernel, p) || !runs_on(kernel, capability)) continue;
+    if (!choice.allows(kernel.family) || !is_built_for(kernel, p)) continue;
     if (kernel.fits == nullptr || kernel.fits(p)) return kernel;
   }
-  if (family != nullptr) {
-    throw InvalidArgument(join_message(
-        kOp, ": ", kFamilyVariable, " must name a family that takes this device and layout, got ",
-        family, " with ", describe_call(p, capability)));
-  }
-  throw InvalidArgument(
-      join_message(kOp, ": head_dim and dtype must be those of a kernel for this device: ",
-                   describe_kernels(capability), ", got ", describe_call(p, capability)));
+  if (choice.forced() != nullptr) choice.refuse(kOp, describe_call(p));
+  throw InvalidArgument(join_message(
+      kOp, ": head_dim and dtype must be those of a kernel for this device: ",
+      describe_kernels(choice.capability()), ", got ", describe_call(p), ", compute capability ",
+      choice.capability() / 10, ".", choice.capability() % 10));
 }
 
 void check_token_numbers(const AttentionParams& p) {
@@ -148,7 +104,7 @@ void check_token_numbers(const AttentionParams& p) {
 std::vector<KernelConfig> supported_configs() {
   std::vector<KernelConfig> configs;
   for (const Kernel& kernel : kKernels) {
-    configs.push_back({"cuda", kernel.family, kernel.head_dim, kernel.dtype});
+    configs.push_back({"cuda", kernel.family.name, kernel.head_dim, kernel.dtype});
   }
   return configs;
 }
@@ -157,11 +113,11 @@ std::vector<KernelConfig> supported_configs() {
 // neediest of them asks for.
 int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params) {
   validate_attention(params);
-  const int capability = current_capability();
+  const FamilyChoice choice(kOp);
   int64_t bytes = 0;
   for (const Kernel& kernel : kKernels) {
     if (kernel.workspace_bytes == nullptr) continue;
-    if (!is_built_for(kernel, params) || !runs_on(kernel, capability)) continue;
+    if (!is_built_for(kernel, params) || !kernel.family.runs_on(choice.capability())) continue;
     bytes = max_of(bytes, kernel.workspace_bytes(params));
   }
   return bytes;

@@ -24,14 +24,12 @@ struct BudgetProblem {
   const void* q;  // the first of the last `rows` queries
   const void* k;
   float* block_lse;
-  int32_t* budgets;
   TokenStrides q_strides;
   TokenStrides k_strides;
   int64_t batch;
   int64_t kv_heads;
   int64_t group_heads;  // query heads of a kv head
   int64_t position;     // of row 0
-  double gamma;
   int rows;
   int q_block;
   int kv_block;

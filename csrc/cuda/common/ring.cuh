@@ -1,7 +1,7 @@
 // Rings of shared-memory slots between one producer and a few consumer warpgroups.
 //
 // Every slot has two barriers. `full`: the producer announces the bytes, the copy engine completes
-// the phase. `empty`: each consumer warpgroup arrives once when it has read the slot.
+// the phase. `empty`: each reading warp arrives once when it has read the slot.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,6 @@
 
 namespace proxyattn::cuda {
 
-inline constexpr int kConsumerGroups = 2;
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <int Stages>
@@ -19,13 +18,27 @@ struct RingBarriers {
   uint64_t full[Stages];
   uint64_t empty[Stages];
 
-  __device__ void init() {
+  __device__ void init(int readers) {
     for (int i = 0; i < Stages; ++i) {
       ptx::mbarrier_init(&full[i], 1);
-      ptx::mbarrier_init(&empty[i], kConsumerGroups);
+      ptx::mbarrier_init(&empty[i], readers);
     }
   }
 };
+
+// A warp has read a slot: all its lanes, before one of them says so.
+PROXYATTN_DEVICE void release_slot(uint64_t* empty) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(empty);
+}
+
+// What the producer wrote beside a slot. One lane reads it for its warp, the one that gives the
+// slot back: its read, its arrival and the producer's next write follow one another.
+PROXYATTN_DEVICE int read_beside(const int& word) {
+  int value = 0;
+  if ((threadIdx.x & 31) == 0) value = *const_cast<const volatile int*>(&word);
+  return __shfl_sync(kFullWarp, value, 0);
+}
 
 // Position in a ring. Phases flip when the slot wraps; a producer starts one phase ahead so that
 // its first pass over the empty barriers doesn't wait.

@@ -50,7 +50,7 @@ void pool_heads(const PoolParams& params, Stream stream) {
   args.sides[1] = make_side(params, params.k, params.k_strides, params.kv_len, params.kv_heads,
                             params.k_proxy, params.k_proxy_strides);
   args.num_q_ctas = ceil_div<int64_t>(args.sides[0].num_chunks, kPoolThreads);
-  args.row_chunks = static_cast<int>(params.head_dim / kChunkElements);
+  while (params.head_dim >> args.row_chunks_log2 > kChunkElements) ++args.row_chunks_log2;
   LaunchShape shape{args.num_q_ctas + ceil_div<int64_t>(args.sides[1].num_chunks, kPoolThreads)};
   shape.threads = kPoolThreads;
   if (params.dtype == DType::kBFloat16) {

@@ -23,6 +23,7 @@ namespace proxyattn::cuda {
 
 inline constexpr int kPoolThreads = 256;
 inline constexpr int kPoolLoads = 8;  // 16 KiB in flight per 128 threads
+inline constexpr int64_t kMaxShortNumber = 0x7fffffff;
 
 // One of the two tensors to pool. Strides are those of sampled tokens.
 struct PoolSide {
@@ -90,7 +91,28 @@ mean_of_heads(const Element* source, int64_t head_stride, int num_heads, bool al
 struct PoolArgs {
   PoolSide sides[2];  // queries, keys
   int64_t num_q_ctas;
-  int row_chunks;
+  int row_chunks_log2;  // of the chunks in a row of head_dim
+};
+
+// Which output chunk of a side a thread owns.
+struct PoolPlace {
+  int64_t batch;
+  int64_t token;
+  int group;
+  int column;  // element of head_dim
+
+  // Numbers in 32 bits where they fit: a division of 64 bits takes longer than a load.
+  template <typename Number>
+  static PROXYATTN_DEVICE PoolPlace of(const PoolSide& side, int row_chunks_log2, Number chunk) {
+    const Number row = chunk >> row_chunks_log2;  // (b, t, c)
+    const Number column = chunk - (row << row_chunks_log2);
+    const Number groups = static_cast<Number>(side.groups);
+    const Number tokens = static_cast<Number>(side.tokens);
+    const Number sample = row / groups;  // (b, t)
+    const Number batch = sample / tokens;
+    return {static_cast<int64_t>(batch), static_cast<int64_t>(sample - batch * tokens),
+            static_cast<int>(row - sample * groups), static_cast<int>(column) * kChunkElements};
+  }
 };
 
 template <typename Element>
@@ -99,25 +121,22 @@ __global__ void __launch_bounds__(kPoolThreads)
   const bool is_k = blockIdx.x >= args.num_q_ctas;
   const PoolSide& side = args.sides[is_k];
   const int64_t cta = is_k ? blockIdx.x - args.num_q_ctas : blockIdx.x;
-  const int row_chunks = args.row_chunks;
   const int64_t chunk = cta * kPoolThreads + threadIdx.x;
   if (chunk >= side.num_chunks) return;
-
-  const int64_t column = chunk % row_chunks * kChunkElements;
-  int64_t row = chunk / row_chunks;  // (b, t, c)
-  const int64_t group = row % side.groups;
-  row /= side.groups;
-  const int64_t token = row % side.tokens;
-  const int64_t batch = row / side.tokens;
+  const PoolPlace at =
+      side.num_chunks <= kMaxShortNumber
+          ? PoolPlace::of<uint32_t>(side, args.row_chunks_log2, static_cast<uint32_t>(chunk))
+          : PoolPlace::of<int64_t>(side, args.row_chunks_log2, chunk);
 
   const TokenStrides& from = side.source_strides;
-  const Element* source = static_cast<const Element*>(side.source) + batch * from.batch +
-                          token * from.token + group * side.group_heads * from.head + column;
+  const Element* source = static_cast<const Element*>(side.source) + at.batch * from.batch +
+                          at.token * from.token + int64_t{at.group} * side.group_heads * from.head +
+                          at.column;
   const uint4 mean = mean_of_heads(source, from.head, side.group_heads, side.source_aligned);
 
   const TokenStrides& to = side.proxy_strides;
-  Element* proxy = static_cast<Element*>(side.proxy) + batch * to.batch + token * to.token +
-                   group * to.head + column;
+  Element* proxy = static_cast<Element*>(side.proxy) + at.batch * to.batch + at.token * to.token +
+                   at.group * to.head + at.column;
   if (side.proxy_aligned) {
     *reinterpret_cast<uint4*>(proxy) = mean;
   } else {

@@ -1,11 +1,12 @@
+// The portable kernels of score_blocks: every device, every layout.
 #include "proxyattn/score.h"
 
-#include "common/validate.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/limits.h"
+#include "cuda/score/dispatch.h"
 #include "cuda/score/score_kernel.cuh"
 
-namespace proxyattn::cuda {
+namespace proxyattn::cuda::sm80 {
 namespace {
 
 constexpr const char* kOp = "score_blocks";
@@ -114,20 +115,14 @@ void run_head_dim(int64_t head_dim, const ScoreProblem& problem, Stream stream) 
 
 }  // namespace
 
-int64_t score_blocks_workspace_bytes(const ScoreParams& params) {
-  validate_score(params);
+int64_t score_workspace_bytes(const ScoreParams& params) {
   const int64_t num_keys = ceil_div(params.kv_len, params.stride);
   const int64_t chunks = ceil_div(num_keys, lse_chunk_keys(num_keys));
   return params.batch * params.proxy_heads * chunks * num_sampled_rows(params) *
          int64_t{sizeof(float)};
 }
 
-void score_blocks(const ScoreParams& params, Stream stream) {
-  validate_score(params);
-  check_dtype(kOp, params.dtype);
-  validate_workspace(kOp, params.workspace, params.workspace_bytes,
-                     score_blocks_workspace_bytes(params));
-  if (params.kv_len == 0) return;  // no cells
+void launch_score(const ScoreParams& params, Stream stream) {
   const ScoreProblem problem = make_problem(params);
   if (params.dtype == DType::kBFloat16) {
     run_head_dim<__nv_bfloat16>(params.head_dim, problem, stream);
@@ -136,4 +131,4 @@ void score_blocks(const ScoreParams& params, Stream stream) {
   }
 }
 
-}  // namespace proxyattn::cuda
+}  // namespace proxyattn::cuda::sm80

@@ -1,28 +1,34 @@
 // Tile sizes of the sm90 attention kernels, by head_dim.
 //
-// A thread block owns 128 query rows of one head: a producer warp and two consumer warpgroups of
-// 64 rows each. Keys and values pass in tiles of kKeyRows through rings in shared memory.
+// A team, of which a thread block has one or two, owns 128 query rows of one head: a producer warp
+// and two consumer warpgroups of 64 rows each. Keys and values pass in tiles of kKeyRows through
+// the team's rings in shared memory.
 #pragma once
 
 #include <cstdint>
 
 namespace proxyattn::cuda::sm90 {
 
-inline constexpr int kQueryRows = 128;          // of a thread block
+inline constexpr int kQueryRows = 128;          // of a team
 inline constexpr int kWarpgroupRows = 64;       // of a consumer warpgroup: one wgmma high
-inline constexpr int kThreads = 384;            // producer warpgroup and two consumers
+inline constexpr int kConsumerWarps = 8;        // of a team
 inline constexpr int64_t kCounterBytes = 4;     // scratch: the number of tiles handed out
 inline constexpr int kMaxSharedBytes = 232448;  // a block's limit on compute capability 9.0
+
+// How much of a warpgroup's own products its softmax runs beside.
+enum class Overlap {
+  kNone,    // one set of probabilities: softmax waits for the output of the tile before
+  kOutput,  // two sets: it runs beside that output
+};
 
 struct TileConfig {
   int key_rows;      // keys in one tile
   int query_stages;  // query tiles in shared memory
   int key_stages;    // key tiles in shared memory
   int value_stages;
-  // Two sets of probabilities in registers let softmax overlap a warpgroup's own products.
-  bool two_probabilities;
-  int blocks_per_sm;
-  // Of a thread of the producer warpgroup and of the consumers; traits.h checks the sum.
+  Overlap overlap;
+  int teams;  // of a thread block
+  // Of a thread of the producers' warpgroup and of the consumers; traits.h checks the sum.
   int producer_registers;
   int consumer_registers;
 };
@@ -30,13 +36,13 @@ struct TileConfig {
 constexpr TileConfig tile_config(int head_dim) {
   // 256: 128 accumulators of output leave registers for 64 keys and one set of probabilities; one
   // 64 KB query tile and two stages of 32 KB each for keys and values fill shared memory.
-  if (head_dim == 256) return {64, 1, 2, 2, false, 1, 40, 232};
+  if (head_dim == 256) return {64, 1, 2, 2, Overlap::kNone, 1, 40, 232};
   // 128: two query tiles, three key and two value stages of 32 KB: the most that fits. The third
   // key stage gains 1 %, the second set of probabilities 4 to 7 % (H100, 32K to 128K tokens).
-  if (head_dim == 128) return {128, 2, 3, 2, true, 1, 40, 232};
-  // 64: tiles of 16 KB, so that latency is covered by more stages. Bound by exponentials, so that
-  // a second set of probabilities gains nothing.
-  return {128, 2, 4, 4, false, 1, 40, 232};
+  if (head_dim == 128) return {128, 2, 3, 2, Overlap::kOutput, 1, 40, 232};
+  // 64: as many exponentials as products take time, so that two warps a scheduler leave both units
+  // idle. Small tiles make room for a second team: 10 to 20 % over one with tiles of 128 keys.
+  return {64, 2, 4, 4, Overlap::kNone, 2, 32, 112};
 }
 
 }  // namespace proxyattn::cuda::sm90

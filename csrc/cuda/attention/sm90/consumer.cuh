@@ -20,35 +20,18 @@
 
 namespace proxyattn::cuda::sm90 {
 
-// How far this thread's rows see, and which key tiles all rows of the warpgroup see whole.
-struct CausalLimit {
-  int limit[2];     // first key that the thread's row must not see
-  int whole_tiles;  // tiles [0, whole_tiles) need no mask
-
-  template <typename Traits>
-  static PROXYATTN_DEVICE CausalLimit of(const Problem& p, const GroupPlace& place) {
-    CausalLimit c;
-    PROXYATTN_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      c.limit[r] = p.causal ? min(p.kv_len, p.q_offset + place.query() + 8 * r + 1) : p.kv_len;
-    }
-    const int first = p.causal ? min(p.kv_len, p.q_offset + place.first_row + 1) : p.kv_len;
-    c.whole_tiles = first / Traits::kKeyRows;
-    return c;
-  }
-};
-
-template <typename Traits, int Group>
+template <typename Traits>
 class Consumer {
   using Element = typename Traits::Element;
 
  public:
-  PROXYATTN_DEVICE Consumer(const Problem& problem, SharedStorage<Traits>& shared)
+  PROXYATTN_DEVICE Consumer(const Problem& problem, SharedStorage<Traits>& shared, int warpgroup)
       : p_(problem), shared_(shared) {
     place_.thread = threadIdx.x & 127;
-    place_.group = Group;
-    query_descriptor_ =
-        ptx::matrix_descriptor(shared.query[0] + Group * kWarpgroupRows * Traits::kBoxRowBytes, 0);
+    place_.group = warpgroup % 2;
+    place_.barrier = kFirstEpilogueBarrier + warpgroup;
+    query_descriptor_ = ptx::matrix_descriptor(
+        shared.query[0] + place_.group * kWarpgroupRows * Traits::kBoxRowBytes, 0);
     key_descriptor_ = ptx::matrix_descriptor(shared.key[0], 0);
     value_descriptor_ = ptx::matrix_descriptor(shared.value[0], Traits::kKeyBoxBytes);
   }
@@ -57,9 +40,9 @@ class Consumer {
     while (true) {
       ptx::mbarrier_wait(&shared_.query_barriers.full[query_.slot], query_.phase,
                          ptx::WaitSite::kConsumerQuery);
-      const TileInfo tile = shared_.tiles[query_.slot];
+      const TileInfo tile = read_tile_info(shared_.tiles[query_.slot]);
       if (tile.steps == kNoMoreTiles) break;
-      place_.first_row = tile.row * kQueryRows + Group * kWarpgroupRows;
+      place_.first_row = tile.row * kQueryRows + place_.group * kWarpgroupRows;
       if (tile.steps > 0) {
         attend(tile);
       } else {
@@ -77,27 +60,28 @@ class Consumer {
   using Probabilities = uint32_t[Traits::kProbabilities];
 
   PROXYATTN_DEVICE void attend(const TileInfo& tile) {
-    const CausalLimit limit = CausalLimit::of<Traits>(p_, place_);
+    // Every row of the warpgroup sees key tiles [0, whole_tiles) whole.
+    const int whole_tiles = visible_keys(place_.first_row) / Traits::kKeyRows;
     const uint64_t query =
         query_descriptor_ + query_.slot * descriptor_step(Traits::kQueryTileBytes);
     Scores s;
     Outputs o;
     Probabilities even, odd;
     RowState state;
-    first_step(query, limit, state, s, o, even);
-    if constexpr (Traits::kTwoProbabilities) {
+    first_step(query, whole_tiles, state, s, o, even);
+    if constexpr (Traits::kOverlap == Overlap::kOutput) {
       PROXYATTN_NO_UNROLL
       for (int j = 1; j < tile.steps; j += 2) {
-        step(query, limit, state, s, o, even, odd);
+        step(query, whole_tiles, state, s, o, even, odd);
         if (j + 1 == tile.steps) {
           copy(even, odd);
           break;
         }
-        step(query, limit, state, s, o, odd, even);
+        step(query, whole_tiles, state, s, o, odd, even);
       }
     } else {
       PROXYATTN_NO_UNROLL
-      for (int j = 1; j < tile.steps; ++j) step(query, limit, state, s, o, even, even);
+      for (int j = 1; j < tile.steps; ++j) step(query, whole_tiles, state, s, o, even, even);
     }
     last_step(o, even);
 
@@ -110,19 +94,19 @@ class Consumer {
 
   // Scores of the first tile alone, which set the rows' references.
   PROXYATTN_DEVICE void first_step(uint64_t query,
-                                   const CausalLimit& limit,
+                                   int whole_tiles,
                                    RowState& state,
                                    Scores& s,
                                    Outputs& o,
                                    Probabilities& next) {
-    wait_key();
+    const int tile = wait_key();
     ptx::pin(s);
     ptx::wgmma_fence();
     issue_scores<Traits>(s, query, key());
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::pin(s);
-    mask_and_release_key(s, limit);
+    mask_and_release_key(s, whole_tiles, tile);
     float rescale[2];
     state.reset();
     softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
@@ -132,13 +116,13 @@ class Consumer {
 
   // Scores of one tile, output of the one before, whose probabilities are `now`; fills `next`.
   PROXYATTN_DEVICE void step(uint64_t query,
-                             const CausalLimit& limit,
+                             int whole_tiles,
                              RowState& state,
                              Scores& s,
                              Outputs& o,
                              Probabilities& now,
                              Probabilities& next) {
-    wait_key();
+    const int tile = wait_key();
     ptx::pin(s);
     ptx::pin(o);
     ptx::pin(now);
@@ -151,15 +135,17 @@ class Consumer {
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::pin(s);
-    mask_and_release_key(s, limit);
-    if constexpr (!Traits::kTwoProbabilities) drain_output(o, now);
+    mask_and_release_key(s, whole_tiles, tile);
+    if constexpr (Traits::kOverlap != Overlap::kOutput) drain_output(o, now);
     float rescale[2];
     const bool in_range = softmax_step<Element>(s, state, p_.scale_log2, next);
     if (!in_range) softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
-    if constexpr (Traits::kTwoProbabilities) drain_output(o, now);
+    if constexpr (Traits::kOverlap == Overlap::kOutput) drain_output(o, now);
     if (!in_range) rescale_output(o, rescale);
   }
 
+  // Two tiles. `pending` holds the probabilities of the tile before on entry, of the second tile on
+  // return; `passing` those of the first tile between.
   PROXYATTN_DEVICE void last_step(Outputs& o, Probabilities& now) {
     wait_value();
     ptx::pin(o);
@@ -175,13 +161,22 @@ class Consumer {
     ptx::wgmma_wait<0>();
     ptx::pin(o);
     ptx::pin(now);
-    if (place_.thread == 0) ptx::mbarrier_arrive(&shared_.value_barriers.empty[value_.slot]);
+    release_value();
+  }
+
+  PROXYATTN_DEVICE void release_value() {
+    release_slot(&shared_.value_barriers.empty[value_.slot]);
     value_.next();
   }
 
   static PROXYATTN_DEVICE void copy(Probabilities& to, const Probabilities& from) {
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kProbabilities; ++i) to[i] = from[i];
+  }
+
+  // Keys [0, visible) that a query may see.
+  PROXYATTN_DEVICE int visible_keys(int query) const {
+    return p_.causal ? min(p_.kv_len, p_.q_offset + query + 1) : p_.kv_len;
   }
 
   PROXYATTN_DEVICE uint64_t key() const {
@@ -191,9 +186,10 @@ class Consumer {
     return value_descriptor_ + value_.slot * descriptor_step(Traits::kKeyTileBytes);
   }
 
-  PROXYATTN_DEVICE void wait_key() {
+  PROXYATTN_DEVICE int wait_key() {
     ptx::mbarrier_wait(&shared_.key_barriers.full[key_.slot], key_.phase,
                        ptx::WaitSite::kConsumerKey);
+    return read_beside(shared_.key_tile[key_.slot]);
   }
   PROXYATTN_DEVICE void wait_value() {
     ptx::mbarrier_wait(&shared_.value_barriers.full[value_.slot], value_.phase,
@@ -202,12 +198,13 @@ class Consumer {
 
   // The scores are in registers, so the key slot goes back; what it held decides about the mask.
   PROXYATTN_DEVICE void mask_and_release_key(float (&s)[Traits::kScores],
-                                             const CausalLimit& limit) {
-    const int tile = *const_cast<volatile int*>(&shared_.key_tile[key_.phase][key_.slot]);
-    if (place_.thread == 0) ptx::mbarrier_arrive(&shared_.key_barriers.empty[key_.slot]);
+                                             int whole_tiles,
+                                             int tile) {
+    release_slot(&shared_.key_barriers.empty[key_.slot]);
     key_.next();
-    if (tile >= limit.whole_tiles) {
-      mask_scores(s, tile * Traits::kKeyRows + (place_.thread & 3) * 2, limit.limit);
+    if (tile >= whole_tiles) {
+      const int limit[2] = {visible_keys(place_.query()), visible_keys(place_.query() + 8)};
+      mask_scores(s, tile * Traits::kKeyRows + (place_.thread & 3) * 2, limit);
     }
   }
 

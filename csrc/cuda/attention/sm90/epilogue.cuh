@@ -16,7 +16,8 @@ namespace proxyattn::cuda::sm90 {
 
 // Where a warpgroup stands inside a query tile.
 struct GroupPlace {
-  int group;      // warpgroup, 0 or 1
+  int group;      // warpgroup of the team, 0 or 1
+  int barrier;    // its named barrier
   int thread;     // in the warpgroup
   int first_row;  // query of the warpgroup's row 0
 
@@ -26,11 +27,7 @@ struct GroupPlace {
   PROXYATTN_DEVICE int query() const { return first_row + warp() * 16 + lane() / 4; }
 };
 
-inline constexpr int kFirstEpilogueBarrier = 4;  // named barriers 4 and 5, one a warpgroup
-
-PROXYATTN_DEVICE void sync_group(int group) {
-  ptx::named_barrier_sync(kFirstEpilogueBarrier + group, 128);
-}
+inline constexpr int kFirstEpilogueBarrier = 4;  // named barriers 4 to 7, one a warpgroup
 
 template <int Outputs>
 PROXYATTN_DEVICE void normalise(float (&o)[Outputs], const RowState& state) {
@@ -89,7 +86,7 @@ PROXYATTN_DEVICE void store_output(const Problem& p,
                                    int slot) {
   // The staged rows must be visible to the copy engine before one thread starts the store.
   ptx::fence_shared_for_async();
-  sync_group(place.group);
+  ptx::named_barrier_sync(place.barrier, 128);
   if (place.thread == 0) {
     const uint8_t* rows = shared.query[slot] + place.group * kWarpgroupRows * Traits::kBoxRowBytes;
     PROXYATTN_UNROLL
@@ -98,10 +95,10 @@ PROXYATTN_DEVICE void store_output(const Problem& p,
                      tile.head, tile.batch);
     }
     ptx::tma_store_commit();
+    // The slot goes back when the copy engine has read it; the other warps have no say in that.
     ptx::tma_store_wait_read();
-    ptx::mbarrier_arrive(&shared.query_barriers.empty[slot]);
   }
-  __syncwarp();
+  release_slot(&shared.query_barriers.empty[slot]);
 }
 
 // A tile without blocks: zeros and -inf, two threads a row. Then the slot goes back.
@@ -126,9 +123,7 @@ PROXYATTN_DEVICE void store_nothing(const Problem& p,
       p.lse[head * p.q_len + query] = kMinusInfinity;
     }
   }
-  // All threads have read TileInfo before the producer may overwrite it.
-  sync_group(place.group);
-  if (place.thread == 0) ptx::mbarrier_arrive(&shared.query_barriers.empty[slot]);
+  release_slot(&shared.query_barriers.empty[slot]);
 }
 
 }  // namespace proxyattn::cuda::sm90

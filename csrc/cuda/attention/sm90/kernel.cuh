@@ -2,11 +2,12 @@
 //
 //   o = softmax(scale * q k^T over the chosen blocks) v,   lse = its log-sum-exp
 //
-// Shapes: see problem.h. Grid: persistent thread blocks, one or two per multiprocessor; warpgroup 0
-// gives its registers away and one of its warps loads (producer.cuh), warpgroups 1 and 2 compute 64
-// query rows each (consumer.cuh). Shared memory: query, key and value rings (shared_storage.cuh),
-// up to 226 KB. Assumes query blocks of 128 rows, key blocks that are multiples of the key tile,
-// and tensors that the copy engine can address (launch.cuh checks both).
+// Shapes: see problem.h. Grid: a persistent thread block per multiprocessor; its teams work on
+// query tiles of their own. The first warpgroups compute, two of a team, 64 query rows each
+// (consumer.cuh); in the last one a warp of each team loads (producer.cuh). Shared memory: a team's
+// query, key and value rings (shared_storage.cuh), up to 226 KB in all. Assumes query blocks of 128
+// rows, key blocks that are multiples of the key tile, and tensors that the copy engine can address
+// (layout.cpp checks both).
 #pragma once
 
 #include "cuda/attention/sm90/consumer.cuh"
@@ -19,35 +20,36 @@
 namespace proxyattn::cuda::sm90 {
 
 template <typename Traits>
-__global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, 1)
     attention_kernel(const __grid_constant__ Problem problem) {
-  static_assert(Traits::kBlocksPerSm * sizeof(SharedStorage<Traits>) <= kMaxSharedBytes);
+  using Storage = SharedStorage<Traits>;
+  static_assert(Traits::kTeams * sizeof(Storage) <= kMaxSharedBytes);
   extern __shared__ __align__(1024) uint8_t raw_shared[];
-  auto& shared = *reinterpret_cast<SharedStorage<Traits>*>(raw_shared);
+  auto* storage = reinterpret_cast<Storage*>(raw_shared);
   // Through a shuffle, so that the compiler knows the role to be uniform in a warp.
-  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warpgroup = warp / 4;
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&problem.q_map);
     ptx::prefetch_tensor_map(&problem.k_map);
     ptx::prefetch_tensor_map(&problem.v_map);
     ptx::prefetch_tensor_map(&problem.out_map);
-    shared.query_barriers.init();
-    shared.key_barriers.init();
-    shared.value_barriers.init();
+    for (int team = 0; team < Traits::kTeams; ++team) {
+      storage[team].query_barriers.init(kConsumerWarps);
+      storage[team].key_barriers.init(kConsumerWarps);
+      storage[team].value_barriers.init(kConsumerWarps);
+    }
     ptx::mbarrier_init_fence();
   }
   __syncthreads();  // the barriers are initialised
 
-  if (warpgroup == 0) {
+  if (warpgroup == Traits::kConsumerGroups) {
     ptx::give_back_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x < 32) Producer<Traits>(problem, shared).run();
+    const int team = warp % 4;
+    if (team < Traits::kTeams) Producer<Traits>(problem, storage[team], team).run();
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();
-    if (warpgroup == 1) {
-      Consumer<Traits, 0>(problem, shared).run();
-    } else {
-      Consumer<Traits, 1>(problem, shared).run();
-    }
+    Consumer<Traits>(problem, storage[warpgroup / 2], warpgroup).run();
   }
 }
 

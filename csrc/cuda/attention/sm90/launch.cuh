@@ -66,12 +66,11 @@ void launch_attention(const AttentionParams& params, Stream stream) {
   // Each launch counts its own tiles; a memset is a node of a captured graph like any other.
   PROXYATTN_CUDA_CALL(kOp, cudaMemsetAsync(problem.next_tile, 0, kCounterBytes, stream));
   LaunchShape shape{};
-  shape.grid_x =
-      min_of<int64_t>(Traits::kBlocksPerSm * device_attribute(kOp, cudaDevAttrMultiProcessorCount),
-                      problem.num_tiles);
+  shape.grid_x = min_of<int64_t>(device_attribute(kOp, cudaDevAttrMultiProcessorCount),
+                                 ceil_div(problem.num_tiles, Traits::kTeams));
   shape.grid_y = shape.grid_z = 1;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(SharedStorage<Traits>);
+  shape.threads = Traits::kThreads;
+  shape.shared_bytes = Traits::kTeams * sizeof(SharedStorage<Traits>);
   launch<attention_kernel<Traits>>(kOp, shape, stream, problem);
 }
 

@@ -17,7 +17,7 @@ struct Problem {
   const int32_t* counts;   // [batch, q_heads, num_rows]; null with indices
   void* out;               // for rows without blocks, which the copy engine does not write
   float* lse;              // [batch, q_heads, q_len]; null: not wanted
-  int32_t* next_tile;      // counts the tiles that have been taken beyond the first of each block
+  int32_t* next_tile;      // counts the tiles that have been taken beyond the first of each team
 
   int64_t out_batch_stride;
   int64_t out_token_stride;

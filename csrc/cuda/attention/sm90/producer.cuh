@@ -19,16 +19,17 @@ namespace proxyattn::cuda::sm90 {
 template <typename Traits>
 class Producer {
  public:
-  PROXYATTN_DEVICE Producer(const Problem& problem, SharedStorage<Traits>& shared)
-      : p_(problem), shared_(shared), leader_((threadIdx.x & 31) == 0) {
+  PROXYATTN_DEVICE Producer(const Problem& problem, SharedStorage<Traits>& shared, int team)
+      : p_(problem), shared_(shared), team_(team), leader_((threadIdx.x & 31) == 0) {
     query_.phase = key_.phase = value_.phase = 1;
   }
 
   PROXYATTN_DEVICE void run() {
-    for (int tile = blockIdx.x; tile < p_.num_tiles;) {
+    const int num_teams = static_cast<int>(gridDim.x) * Traits::kTeams;
+    for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.num_tiles;) {
       // Asked for early: the answer travels while this tile's loads are issued.
       int next = 0;
-      if (leader_) next = atomicAdd(p_.next_tile, 1) + static_cast<int>(gridDim.x);
+      if (leader_) next = atomicAdd(p_.next_tile, 1) + num_teams;
       load_tile(TilePlace(p_, tile));
       tile = __shfl_sync(kFullWarp, next, 0);
     }
@@ -82,9 +83,8 @@ class Producer {
     ptx::mbarrier_wait(&shared_.key_barriers.empty[key_.slot], key_.phase,
                        ptx::WaitSite::kProducerKey);
     if (leader_) {
-      // The arrival below orders this store before the consumers' read. A consumer's phase is
-      // the producer's complement.
-      shared_.key_tile[key_.phase ^ 1][key_.slot] = key_tile;
+      // The arrival below orders this store before the consumers' read.
+      shared_.key_tile[key_.slot] = key_tile;
       ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
       load_rows(shared_.key[key_.slot], &p_.k_map, full, place, key_tile);
     }
@@ -113,6 +113,7 @@ class Producer {
 
   const Problem& p_;
   SharedStorage<Traits>& shared_;
+  const int team_;
   const bool leader_;
   Ring<Traits::kQueryStages> query_;
   Ring<Traits::kKeyStages> key_;

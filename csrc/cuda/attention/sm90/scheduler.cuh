@@ -1,7 +1,7 @@
-// Which query tile a thread block works on next, and which key tiles that tile visits.
+// Which query tile a team works on next, and which key tiles that tile visits.
 //
-// Tiles are handed out through one counter, in an order that keeps the reads of neighbouring
-// thread blocks together: key/value head, then query block from the last (the longest when causal)
+// Tiles are handed out through one counter, in an order that keeps the reads of neighbouring teams
+// together: key/value head, then query block from the last (the longest when causal)
 // down, then the query heads that share the key/value head.
 #pragma once
 

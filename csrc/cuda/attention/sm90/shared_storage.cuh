@@ -18,6 +18,11 @@ struct __align__(16) TileInfo {
 };
 inline constexpr int kNoMoreTiles = -1;
 
+PROXYATTN_DEVICE TileInfo read_tile_info(const TileInfo& info) {
+  return {read_beside(info.row), read_beside(info.head), read_beside(info.batch),
+          read_beside(info.steps)};
+}
+
 template <typename Traits>
 struct __align__(1024) SharedStorage {
   uint8_t query[Traits::kQueryStages][Traits::kQueryTileBytes];
@@ -27,9 +32,7 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kKeyStages> key_barriers;
   RingBarriers<Traits::kValueStages> value_barriers;
   TileInfo tiles[Traits::kQueryStages];
-  // Which key tile a slot holds, by phase and slot. One copy for each phase: when a slot is loaded
-  // again, a slow warp may still be about to read what the slot held before.
-  int key_tile[2][Traits::kKeyStages];
+  int key_tile[Traits::kKeyStages];  // which key tile a slot holds
 };
 
 }  // namespace proxyattn::cuda::sm90

@@ -17,10 +17,10 @@ struct Traits {
   static constexpr int kQueryStages = tile_config(HeadDim).query_stages;
   static constexpr int kKeyStages = tile_config(HeadDim).key_stages;
   static constexpr int kValueStages = tile_config(HeadDim).value_stages;
-  static constexpr int kBlocksPerSm = tile_config(HeadDim).blocks_per_sm;
-  static constexpr int kProducerRegisters = tile_config(HeadDim).producer_registers;
-  static constexpr int kConsumerRegisters = tile_config(HeadDim).consumer_registers;
-  static constexpr bool kTwoProbabilities = tile_config(HeadDim).two_probabilities;
+  static constexpr int kTeams = tile_config(HeadDim).teams;
+  static constexpr int kConsumerGroups = 2 * kTeams;
+  static constexpr int kThreads = 128 * (kConsumerGroups + 1);
+  static constexpr Overlap kOverlap = tile_config(HeadDim).overlap;
 
   // A tile in shared memory is a row of boxes, each kTensorBoxColumns wide and as high as the tile.
   static constexpr int kBoxes = HeadDim / kTensorBoxColumns;
@@ -38,8 +38,11 @@ struct Traits {
   static_assert(kBoxRowBytes == 128, "the layout of shared memory assumes the 128-byte swizzle");
   // Registers that the warpgroups trade belong to the block since its launch, which hands out a
   // multiple of 8 a thread; asking for more than that pool holds would wait for ever.
-  static constexpr int kLaunchRegisters = 65536 / (kBlocksPerSm * kThreads) / 8 * 8;
-  static_assert(128 * kProducerRegisters + 256 * kConsumerRegisters <= kThreads * kLaunchRegisters);
+  static constexpr int kProducerRegisters = tile_config(HeadDim).producer_registers;
+  static constexpr int kConsumerRegisters = tile_config(HeadDim).consumer_registers;
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(128 * (kProducerRegisters + kConsumerGroups * kConsumerRegisters) <=
+                kThreads * kLaunchRegisters);
   static_assert(kKeyStages >= 2, "the producer loads key tile j + 1 before value tile j");
 };
 

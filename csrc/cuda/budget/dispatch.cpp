@@ -1,0 +1,92 @@
+// Picks the kernels of estimate_budgets: the newest family that the device can run and that takes
+// the call's layout finds how the queries spread, then portable kernels count.
+#include "cuda/budget/dispatch.h"
+
+#include "proxyattn/device.h"
+#include "proxyattn/error.h"
+
+#include "common/math.h"
+#include "common/validate.h"
+#include "cuda/budget/layout.h"
+#include "cuda/common/family.h"
+#include "cuda/common/limits.h"
+
+namespace proxyattn::cuda {
+namespace {
+
+constexpr const char* kOp = "estimate_budgets";
+constexpr int64_t kAnyHeadDim = 0;
+
+struct Kernel {
+  Family family;
+  int64_t head_dim;  // kAnyHeadDim: with any of them and either type
+  DType dtype;
+  void (*launch)(const BudgetParams& params, Stream stream);
+  bool (*fits)(const BudgetParams& params);  // null: takes every layout
+
+  bool is_built_for(const BudgetParams& p) const {
+    return head_dim == kAnyHeadDim || (head_dim == p.head_dim && dtype == p.dtype);
+  }
+};
+
+#ifdef PROXYATTN_HAS_SM90
+template <int kHeadDim, DType kDType>
+constexpr Kernel sm90_kernel() {
+  return {kSm90, kHeadDim, kDType, sm90::launch_block_lse<kHeadDim, kDType>, sm90::block_lse_fits};
+}
+#endif
+
+// Newest family first: the first row that matches is taken.
+constexpr Kernel kKernels[] = {
+#ifdef PROXYATTN_HAS_SM90
+    sm90_kernel<64, DType::kBFloat16>(),
+    sm90_kernel<64, DType::kFloat16>(),
+    sm90_kernel<128, DType::kBFloat16>(),
+    sm90_kernel<128, DType::kFloat16>(),
+    sm90_kernel<256, DType::kBFloat16>(),
+    sm90_kernel<256, DType::kFloat16>(),
+#endif
+    {kSm80, kAnyHeadDim, {}, sm80::launch_block_lse, nullptr},
+};
+
+const Kernel& choose_kernel(const BudgetParams& p) {
+  const FamilyChoice choice(kOp);
+  for (const Kernel& kernel : kKernels) {
+    if (!choice.allows(kernel.family) || !kernel.is_built_for(p)) continue;
+    if (kernel.fits == nullptr || kernel.fits(p)) return kernel;
+  }
+  choice.refuse(kOp, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
+}
+
+// Whether the settings alone decide the budgets.
+bool is_trivial(const BudgetParams& p) {
+  return p.q_len == 0 || p.kv_len == 0 || !(p.gamma > 0.0 && p.gamma < 1.0);
+}
+
+int64_t trivial_budget(const BudgetParams& p) {
+  if (p.q_len == 0 || p.kv_len == 0) return 0;
+  return p.gamma >= 1.0 ? ceil_div(p.kv_len, p.kv_block) : 1;
+}
+
+}  // namespace
+
+int64_t estimate_budgets_workspace_bytes(const BudgetParams& params) {
+  validate_budget(params);
+  return is_trivial(params) ? 0 : BudgetLayout(params).bytes();
+}
+
+void estimate_budgets(const BudgetParams& params, Stream stream) {
+  validate_budget(params);
+  check_dtype(kOp, params.dtype);
+  check_num_kv_blocks(kOp, ceil_div(params.kv_len, params.kv_block));
+  validate_workspace(kOp, params.workspace, params.workspace_bytes,
+                     estimate_budgets_workspace_bytes(params));
+  if (is_trivial(params)) {
+    launch_fill_budgets(params, trivial_budget(params), stream);
+    return;
+  }
+  choose_kernel(params).launch(params, stream);
+  launch_count_blocks(params, stream);
+}
+
+}  // namespace proxyattn::cuda

@@ -1,0 +1,34 @@
+// What each kernel family offers to estimate_budgets, in terms the host compiler understands. The
+// parameters have been validated, and the settings alone don't decide the budgets.
+#pragma once
+
+#include <cstdint>
+
+#include "proxyattn/budget.h"
+#include "proxyattn/types.h"
+
+namespace proxyattn::cuda {
+
+// From BudgetLayout::block_lse to budgets; every device.
+void launch_count_blocks(const BudgetParams& params, Stream stream);
+void launch_fill_budgets(const BudgetParams& params, int64_t budget, Stream stream);
+
+}  // namespace proxyattn::cuda
+
+// Each fills BudgetLayout::block_lse.
+namespace proxyattn::cuda::sm80 {
+
+void launch_block_lse(const BudgetParams& params, Stream stream);
+
+}  // namespace proxyattn::cuda::sm80
+
+namespace proxyattn::cuda::sm90 {
+
+// Defined, one instance a file, by the family's hdim<head_dim>_<dtype>.cu.
+template <int kHeadDim, DType kDType>
+void launch_block_lse(const BudgetParams& params, Stream stream);
+
+// True if the copy engine can address the call's tensors.
+bool block_lse_fits(const BudgetParams& params);
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,264 @@
+// Stage 2, score_blocks, second kernel: from what score_kernel left in scratch to cells.
+//
+//   lse[r]     = log2 of the sum over chunks of 2^chunk_lse[r]
+//   peak[m, n] = ln 2 * max over rows r of block m of (factor * block_max[r, n] - lse[r])
+//   mass[m, n] = mean over rows r of block m of 2^(block_lse[r, n] - lse[r])
+//
+// A thread block owns one query block of one list and up to kFinishCells of its cells. A warp makes
+// kStepCells or fewer at a time: kLaneCells in each lane, reduced over the eight lanes that hold
+// different rows by a butterfly that leaves one in each. Scratch is read once, in whole lines.
+// Shared memory: lse of the rows.
+//
+// NaN: a row that sees a NaN has lse NaN, which must show in every cell that the row sees and in no
+// other. So maxima keep NaN, and what a row does not see is left out by number, not by value.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/macros.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/softmax.cuh"
+#include "cuda/score/sm90/cells.cuh"
+#include "cuda/score/sm90/problem.h"
+
+namespace proxyattn::cuda::sm90 {
+
+inline constexpr int kFinishThreads = 256;
+inline constexpr int kFinishWarps = kFinishThreads / kWarpLanes;
+inline constexpr int kFinishBlocksPerSm = 4;
+inline constexpr int kFinishCells = 1024;  // of a thread block
+inline constexpr int kMaxBlockRows = 128;
+
+struct PeakCell {
+  static constexpr float kNeutral = kMinusInfinity;
+  float factor;
+
+  PROXYATTN_DEVICE float value(float block_max, float lse) const {
+    return fmaf(block_max, factor, -lse);
+  }
+  PROXYATTN_DEVICE float merge(float a, float b) const { return ptx::max_nan(a, b); }
+  PROXYATTN_DEVICE float result(float merged) const { return merged * kLn2; }
+};
+
+struct MassCell {
+  static constexpr float kNeutral = 0.0f;
+  float rows;  // of the query block
+
+  PROXYATTN_DEVICE float value(float block_lse, float lse) const {
+    return ptx::ex2(block_lse - lse);
+  }
+  PROXYATTN_DEVICE float merge(float a, float b) const { return a + b; }
+  PROXYATTN_DEVICE float result(float merged) const { return merged / rows; }
+};
+
+template <int kBlockKeys>
+class ScoreFinisher {
+  using Layout = CellLayout<kBlockKeys>;
+  static constexpr int kBlocks = Layout::kBlocks;
+  static constexpr int kParts = Layout::kParts;
+  static constexpr int kCount = Layout::Lane::kCount;
+  static constexpr int kPartCells = max_of(1, kCount / 2);  // of one part in a lane
+  static constexpr int kTileCells = kParts * kPartCells;    // of one key tile in a lane
+  static constexpr int kLaneCells = 8;                      // one for each row of eight
+  static constexpr int kTiles = kLaneCells / kTileCells;    // key tiles at a time
+  static constexpr int kStepCells = kTiles * kBlocks;
+  static_assert(kFinishCells % kStepCells == 0);
+
+ public:
+  // `idx` counts row tiles of the pass from the last down, then lists; `block` query blocks of the
+  // row tile.
+  PROXYATTN_DEVICE ScoreFinisher(const ScoreProblem& p, float* lse, int idx, int block)
+      : p_(p), lse_(lse), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {
+    const int list = idx / p.num_row_tiles;
+    const int row_tile = p.first_row_tile + p.num_row_tiles - 1 - idx % p.num_row_tiles;
+    first_item_ = list * p.num_list_items + items_behind(row_tile);
+    num_chunks_ = p.num_chunks(row_tile);
+    end_tile_ = p.visible_tiles(row_tile);
+    tile_row_ = row_tile * p.tile_rows;
+    block_row_ = block * p.block_rows;
+    rows_ = min(p.block_rows, p.num_rows - tile_row_ - block_row_);
+    const int q_block = tile_row_ / p.block_rows + block;
+    out_ = (static_cast<int64_t>(list) * p.num_q_blocks + q_block) * p.num_kv_blocks;
+  }
+
+  PROXYATTN_DEVICE void run(int first_cell) {
+    if (rows_ <= 0) return;  // a ragged row tile
+    find_lse();
+    __syncthreads();  // lse is written
+    const int end = ceil_div(min(first_cell + kFinishCells, p_.num_kv_blocks), kStepCells);
+    const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+    for (int step = first_cell / kStepCells + warp; step < end; step += kFinishWarps) {
+      write(step * kTiles, p_.block_max, PeakCell{p_.factor}, p_.peak + out_);
+      if (p_.mass != nullptr) {
+        write(step * kTiles, p_.block_lse, MassCell{static_cast<float>(rows_)}, p_.mass + out_);
+      }
+    }
+  }
+
+ private:
+  // Items of the pass that come before a row tile in its list. All warps find them for themselves.
+  PROXYATTN_DEVICE int items_behind(int row_tile) const {
+    int items = 0;
+    const int end = p_.first_row_tile + p_.num_row_tiles;
+    for (int tile = row_tile + 1 + lane_; tile < end; tile += kWarpLanes) {
+      items += p_.num_chunks(tile);
+    }
+    return group_sum<kWarpLanes>(items);
+  }
+
+  // The partial sums of a row's chunks, in order.
+  PROXYATTN_DEVICE void find_lse() {
+    constexpr int kLoads = 8;  // in flight
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= rows_) return;
+    const float* chunk_lse =
+        p_.chunk_lse + static_cast<int64_t>(first_item_) * p_.tile_rows + block_row_ + row;
+    float largest = kMinusInfinity;
+    float sum = 0.0f;
+    for (int first = 0; first < num_chunks_; first += kLoads) {
+      float lse[kLoads];
+      float seen = largest;
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) {
+        lse[i] = first + i < num_chunks_ ? chunk_lse[static_cast<int64_t>(first + i) * p_.tile_rows]
+                                         : kMinusInfinity;
+      }
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) seen = fmaxf(seen, lse[i]);
+      const float reference = seen == kMinusInfinity ? 0.0f : seen;
+      sum *= ptx::ex2(largest - reference);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) sum += ptx::ex2(lse[i] - reference);
+      largest = seen;
+    }
+    const float reference = largest == kMinusInfinity ? 0.0f : largest;
+    lse_[row] = sum == 0.0f ? kMinusInfinity : reference + log2f(sum);
+  }
+
+  template <typename Cell>
+  PROXYATTN_DEVICE void write(int first_tile, const float* scratch, const Cell& cell, float* out) {
+    float values[kLaneCells];
+    PROXYATTN_UNROLL
+    for (float& value : values) value = Cell::kNeutral;
+    if (first_tile < end_tile_) {
+      // Whole: every row sees every key of these tiles, and row groups have no other rows.
+      const int tiles_end = first_tile + kTiles;
+      const bool whole = rows_ % kRowGroup == 0 && tiles_end <= end_tile_ &&
+                         tiles_end * kLogitKeys <= p_.visible_keys(tile_row_ + block_row_);
+      if (whole) {
+        gather<true>(first_tile, scratch, cell, values);
+      } else {
+        gather<false>(first_tile, scratch, cell, values);
+      }
+      merge_rows<kLaneCells / 2>(cell, values);
+    }
+    float value = values[0];
+    // With one or two blocks in a tile, the two row halves are in different lanes.
+    if constexpr (kBlocks == 2) value = cell.merge(value, __shfl_xor_sync(kAllLanes, value, 2));
+    if constexpr (kBlocks == 1) value = cell.merge(value, __shfl_xor_sync(kAllLanes, value, 1));
+    const int mine = lane_ / 4;
+    const int block = (first_tile + mine / kTileCells) * kBlocks + block_of(mine);
+    const bool writes = kBlocks >= 4 || (lane_ & (kBlocks == 2 ? 2 : 3)) == 0;
+    if (writes && block < p_.num_kv_blocks) out[block] = cell.result(value);
+  }
+
+  // Key block, in its tile, of the lane's cell i.
+  PROXYATTN_DEVICE int block_of(int i) const {
+    return i / kPartCells % kParts * Layout::Tile::kPartBlocks + Layout::Lane::first(lane_) / 2 +
+           i % kPartCells;
+  }
+
+  // Adds the rows of the query block that the lane holds.
+  template <bool kWhole, typename Cell>
+  PROXYATTN_DEVICE void gather(int first_tile,
+                               const float* scratch,
+                               const Cell& cell,
+                               float (&values)[kLaneCells]) const {
+    const int tile_floats = p_.tile_rows / kRowGroup * Layout::kGroupFloats;
+    const int end_group = ceil_div(block_row_ + rows_, kRowGroup);
+    const float* tiles =
+        scratch + static_cast<int64_t>(first_item_ * p_.chunk_tiles + first_tile) * tile_floats +
+        lane_ * kCount;
+    PROXYATTN_NO_UNROLL
+    for (int group = block_row_ / kRowGroup; group < end_group; ++group) {
+      float loaded[kTiles][kParts][kCount];
+      PROXYATTN_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        if (!kWhole && first_tile + t >= end_tile_) break;
+        PROXYATTN_UNROLL
+        for (int part = 0; part < kParts; ++part) {
+          load_values(
+              tiles + t * tile_floats + group * Layout::kGroupFloats + part * Layout::kPartFloats,
+              loaded[t][part]);
+        }
+      }
+      add_group<kWhole>(first_tile, group * kRowGroup + lane_ / 4 - block_row_, loaded, cell,
+                        values);
+    }
+  }
+
+  // `row` is the lane's first, counted from the query block's first.
+  template <bool kWhole, typename Cell>
+  PROXYATTN_DEVICE void add_group(int first_tile,
+                                  int row,
+                                  const float (&loaded)[kTiles][kParts][kCount],
+                                  const Cell& cell,
+                                  float (&values)[kLaneCells]) const {
+    // A lane's values take turns between its two rows, unless it holds but one.
+    constexpr bool kBothRows = kCount > 1;
+    PROXYATTN_UNROLL
+    for (int half = 0; half < (kBothRows ? 2 : 1); ++half) {
+      const int my_row = row + 8 * (kBothRows ? half : Layout::Lane::first(lane_) & 1);
+      const bool exists = kWhole || (0 <= my_row && my_row < rows_);
+      const float lse = exists ? lse_[my_row] : 0.0f;
+      const int limit = exists ? p_.visible_keys(tile_row_ + block_row_ + my_row) : 0;
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLaneCells; ++i) {
+        const int t = i / kTileCells;
+        const int first_key = (first_tile + t) * kLogitKeys + block_of(i) * kBlockKeys;
+        const float scratch =
+            loaded[t][i / kPartCells % kParts][kBothRows ? 2 * (i % kPartCells) + half : 0];
+        if (kWhole || first_key < limit) {
+          values[i] = cell.merge(values[i], cell.value(scratch, lse));
+        }
+      }
+    }
+  }
+
+  // Reduces each value over the eight lanes with other rows; value i ends in lanes l, l / 4 == i.
+  template <int kHalf, typename Cell>
+  PROXYATTN_DEVICE void merge_rows(const Cell& cell, float (&values)[kLaneCells]) const {
+    const bool upper = (lane_ & 4 * kHalf) != 0;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kHalf; ++i) {
+      const float kept = upper ? values[i + kHalf] : values[i];
+      const float given = upper ? values[i] : values[i + kHalf];
+      values[i] = cell.merge(kept, __shfl_xor_sync(kAllLanes, given, 4 * kHalf));
+    }
+    if constexpr (kHalf > 1) merge_rows<kHalf / 2>(cell, values);
+  }
+
+  const ScoreProblem& p_;
+  float* lse_;  // of the query block's rows, in shared memory
+  int lane_;
+  int first_item_;  // of the row tile
+  int num_chunks_;
+  int end_tile_;   // key tiles that were computed
+  int tile_row_;   // first row of the row tile
+  int block_row_;  // first row of the query block, in the row tile
+  int rows_;       // of the query block
+  int64_t out_;
+};
+
+// Grid: row tiles and lists on x, then parts of a row of cells; query blocks of a row tile on y.
+template <int kBlockKeys>
+__global__ void __launch_bounds__(kFinishThreads, kFinishBlocksPerSm)
+    finish_scores_kernel(const __grid_constant__ ScoreProblem problem, int num_parts) {
+  __shared__ float lse[kMaxBlockRows];
+  const int idx = static_cast<int>(blockIdx.x) / num_parts;
+  const int part = static_cast<int>(blockIdx.x) - idx * num_parts;
+  ScoreFinisher<kBlockKeys>(problem, lse, idx, static_cast<int>(blockIdx.y))
+      .run(part * kFinishCells);
+}
+
+}  // namespace proxyattn::cuda::sm90

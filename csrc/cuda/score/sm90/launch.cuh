@@ -1,0 +1,110 @@
+// Host side of the family: tensor maps, scratch, passes and launches.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime.h>
+
+#include "proxyattn/score.h"
+
+#include "cuda/common/launch.h"
+#include "cuda/common/softmax.cuh"
+#include "cuda/common/tensor_map.h"
+#include "cuda/score/dispatch.h"
+#include "cuda/score/sm90/finish.h"
+#include "cuda/score/sm90/kernel.cuh"
+#include "cuda/score/sm90/plan.h"
+
+namespace proxyattn::cuda::sm90 {
+
+// Everything but what differs from pass to pass.
+template <int kHeadDim>
+ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
+  ScoreProblem p{};
+  constexpr int kBoxes = kHeadDim / kTensorBoxColumns;
+  p.q_map = make_tensor_map(kScoreOp, s.q_proxy, s.dtype,
+                            {ceil_div(s.q_len, s.stride), s.head_dim, s.proxy_heads, s.batch},
+                            s.q_proxy_strides, {kGroupRows, kBoxes});
+  p.k_map = make_tensor_map(kScoreOp, s.k_proxy, s.dtype,
+                            {plan.num_keys(), s.head_dim, s.proxy_heads, s.batch},
+                            s.k_proxy_strides, {kLogitKeys, kBoxes});
+  p.peak = s.peak;
+  p.mass = s.mass;
+  auto* scratch = static_cast<std::byte*>(s.workspace);
+  const auto take = [&scratch](int64_t bytes) {
+    std::byte* taken = scratch;
+    scratch += bytes;
+    return taken;
+  };
+  p.block_max = reinterpret_cast<float*>(take(plan.block_bytes()));
+  if (s.mass != nullptr) p.block_lse = reinterpret_cast<float*>(take(plan.block_bytes()));
+  p.chunk_lse = reinterpret_cast<float*>(take(plan.lse_bytes()));
+  p.next_item = reinterpret_cast<int32_t*>(take(plan.counter_bytes()));
+  p.proxy_heads = static_cast<int>(s.proxy_heads);
+  p.chunk_tiles = static_cast<int>(plan.chunk_tiles());
+  p.first_row = static_cast<int>(plan.first_row());
+  p.num_rows = static_cast<int>(plan.num_rows());
+  p.tile_rows = logit_tile_rows(kHeadDim);
+  p.num_keys = static_cast<int>(plan.num_keys());
+  p.first_limit = static_cast<int>(plan.first_limit());
+  p.num_q_blocks = static_cast<int>(s.rows.end - s.rows.begin);
+  p.num_kv_blocks = static_cast<int>(ceil_div(s.kv_len, s.kv_block));
+  p.block_rows = static_cast<int>(s.q_block / s.stride);
+  p.causal = s.causal ? 1 : 0;
+  p.factor = s.scale * kLog2E;
+  return p;
+}
+
+template <typename Traits, int kBlockKeys, bool kWithMass>
+void launch_score_pass(const ScoreProblem& problem, int64_t lists, Stream stream) {
+  LaunchShape shape{};
+  shape.grid_x = min_of<int64_t>(device_attribute(kScoreOp, cudaDevAttrMultiProcessorCount),
+                                 problem.num_items);
+  shape.grid_y = shape.grid_z = 1;
+  shape.threads = Traits::kThreads;
+  shape.shared_bytes = sizeof(ScoreStorage<Traits>);
+  launch<score_kernel<Traits, kBlockKeys, kWithMass>>(kScoreOp, shape, stream, problem);
+  finish_scores(problem, lists, kBlockKeys, stream);
+}
+
+template <typename Traits, int kBlockKeys>
+void launch_score_passes(ScoreProblem problem, const ScorePlan& plan, Stream stream) {
+  // Each pass counts its own items; a memset is a node of a captured graph like any other.
+  PROXYATTN_CUDA_CALL(kScoreOp, cudaMemsetAsync(problem.next_item, 0,
+                                                static_cast<size_t>(plan.counter_bytes()), stream));
+  for (int64_t end = plan.num_row_tiles(); end > 0;) {
+    const ScorePass pass = plan.pass_ending(end);
+    problem.first_row_tile = static_cast<int>(pass.begin);
+    problem.num_row_tiles = static_cast<int>(pass.end - pass.begin);
+    problem.num_list_items = static_cast<int>(pass.list_items);
+    problem.num_items = static_cast<int>(plan.lists() * pass.list_items);
+    if (problem.mass == nullptr) {
+      launch_score_pass<Traits, kBlockKeys, false>(problem, plan.lists(), stream);
+    } else {
+      launch_score_pass<Traits, kBlockKeys, true>(problem, plan.lists(), stream);
+    }
+    ++problem.next_item;
+    end = pass.begin;
+  }
+}
+
+template <int kHeadDim, DType kDType>
+void launch_score(const ScoreParams& params, Stream stream) {
+  using Traits = LogitTraits<kHeadDim, kDType>;
+  const ScorePlan plan(params);
+  if (plan.lists() == 0 || plan.num_row_tiles() == 0) return;
+  const ScoreProblem problem = make_score_problem<kHeadDim>(params, plan);
+  const int64_t block_keys = params.kv_block / params.stride;
+  if (block_keys == 16) {
+    launch_score_passes<Traits, 16>(problem, plan, stream);
+  } else if (block_keys == 32) {
+    launch_score_passes<Traits, 32>(problem, plan, stream);
+  } else if (block_keys == 64) {
+    launch_score_passes<Traits, 64>(problem, plan, stream);
+  } else {
+    launch_score_passes<Traits, 128>(problem, plan, stream);
+  }
+}
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,62 @@
+// What the sm90 score kernels are told, and how their work is cut into items.
+//
+// A pass works on a range of row tiles of every list. An item is a row tile of sampled queries
+// times one chunk of sampled keys. Items are numbered list by list, row tiles of a list from the
+// last (the longest when causal) to the first, then chunk by chunk, leaving out chunks that no row
+// sees. Chunks begin at multiples of their length, so that nothing about a row depends on the rows
+// that are computed with it. Item i leaves what it finds in slot i of scratch.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda.h>
+
+#include "common/math.h"
+#include "cuda/sm90/logit_config.h"
+
+namespace proxyattn::cuda::sm90 {
+
+struct ScoreProblem {
+  CUtensorMap q_map;  // [batch, proxy_heads, head_dim / 64, sampled queries, 64], 64 rows
+  CUtensorMap k_map;  // [batch, proxy_heads, head_dim / 64, sampled keys, 64], 128 rows
+
+  float* peak;         // [lists, q_blocks, kv_blocks]
+  float* mass;         // the same; null: not wanted
+  float* block_max;    // [items, key tiles of a chunk, row groups, values], see cells.cuh
+  float* block_lse;    // the same; null with mass
+  float* chunk_lse;    // [items, rows of a tile], base 2
+  int32_t* next_item;  // items handed out beyond the first of each thread block
+
+  int proxy_heads;
+  int first_row_tile;  // of the pass
+  int num_row_tiles;   // of the pass, in each list
+  int num_list_items;  // of the pass, in each list
+  int num_items;
+  int chunk_tiles;  // key tiles of a chunk, a power of two
+  int first_row;    // sampled query that the output begins with
+  int num_rows;     // sampled queries of the call
+  int tile_rows;
+  int num_keys;
+  int first_limit;  // causal: sampled keys that sampled query 0 sees, maybe negative
+  int num_q_blocks;
+  int num_kv_blocks;
+  int block_rows;  // sampled queries of a whole query block
+  int causal;      // 0 or 1
+  float factor;    // scale * log2(e)
+
+  // Sampled keys [0, visible) that a row of the call sees.
+  PROXYATTN_HOST_DEVICE int visible_keys(int row) const {
+    if (!causal) return num_keys;
+    return max_of(0, min_of(num_keys, first_limit + first_row + row));
+  }
+  // Key tiles that any row of a row tile sees.
+  PROXYATTN_HOST_DEVICE int visible_tiles(int row_tile) const {
+    const int last_row = min_of((row_tile + 1) * tile_rows, num_rows) - 1;
+    return ceil_div(visible_keys(last_row), kLogitKeys);
+  }
+  PROXYATTN_HOST_DEVICE int num_chunks(int row_tile) const {
+    return ceil_div(visible_tiles(row_tile), chunk_tiles);
+  }
+};
+
+}  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,166 @@
+// The products of the sm90 kernels that want logits: rings of query and key tiles in shared memory,
+// the producer's loads into them, and the consumers' loop over them.
+//
+// A consumer computes one product at a time and then consumes it: what keeps the tensor cores busy
+// meanwhile are the products of the other warpgroups.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common/macros.cuh"
+#include "cuda/common/ring.cuh"
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/logit_traits.h"
+
+namespace proxyattn::cuda::sm90 {
+
+template <typename Traits>
+struct LogitStorage {
+  uint8_t query[Traits::kQueryStages][Traits::kQueryTileBytes];
+  uint8_t key[Traits::kKeyStages][Traits::kKeyTileBytes];
+  RingBarriers<Traits::kQueryStages> query_barriers;
+  RingBarriers<Traits::kKeyStages> key_barriers;
+
+  PROXYATTN_DEVICE void init() {
+    query_barriers.init(Traits::kConsumerWarps);
+    key_barriers.init(Traits::kConsumerWarps);
+  }
+};
+
+// Descriptor steps, in units of 16 bytes.
+PROXYATTN_DEVICE constexpr uint32_t logit_step(int bytes) {
+  return static_cast<uint32_t>(bytes) / ptx::kDescriptorUnit;
+}
+
+// S[64 x 128] = Q K^T. Along head_dim a box holds four steps of 32 bytes, then comes the next box.
+// Issues only: the caller commits and waits.
+template <typename Traits>
+PROXYATTN_DEVICE void issue_logits(float (&s)[Traits::kLogits], uint64_t query, uint64_t key) {
+  constexpr int kDepth = 16;  // of one wgmma
+  constexpr int kStepsPerBox = kTensorBoxColumns / kDepth;
+  constexpr int kStepBytes = Traits::kBoxRowBytes / kStepsPerBox;
+  PROXYATTN_UNROLL
+  for (int i = 0; i < Traits::kHeadDim / kDepth; ++i) {
+    const int box = i / kStepsPerBox;
+    const uint32_t inside = logit_step(i % kStepsPerBox * kStepBytes);
+    ptx::Wgmma<typename Traits::Element, kLogitKeys>::ss(
+        s, query + inside + logit_step(box * Traits::kQueryBoxBytes),
+        key + inside + logit_step(box * Traits::kKeyBoxBytes), i != 0);
+  }
+}
+
+// Fills the rings; one thread.
+template <typename Traits>
+class LogitLoader {
+ public:
+  PROXYATTN_DEVICE LogitLoader(LogitStorage<Traits>& shared,
+                               const CUtensorMap& q_map,
+                               const CUtensorMap& k_map)
+      : shared_(shared), q_map_(q_map), k_map_(k_map) {
+    query_.phase = key_.phase = 1;
+  }
+
+  PROXYATTN_DEVICE void wait_query() {
+    ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
+                       ptx::WaitSite::kProducerQuery);
+  }
+
+  PROXYATTN_DEVICE int query_slot() const { return query_.slot; }
+
+  // The row tile in the slot that wait_query() waited for. place(group) names the head and first
+  // row of each warpgroup's rows.
+  template <typename Place>
+  PROXYATTN_DEVICE void load_query(int batch, const Place& place) {
+    uint64_t* full = &shared_.query_barriers.full[query_.slot];
+    ptx::mbarrier_arrive_expect(full, Traits::kQueryTileBytes);
+    PROXYATTN_NO_UNROLL
+    for (int i = 0; i < Traits::kGroups; ++i) {
+      const int2 head_and_row = place(i);
+      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kGroupBytes, &q_map_, full, 0,
+                    head_and_row.y, 0, head_and_row.x, batch, ptx::kEvictNormal);
+    }
+    query_.next();
+  }
+
+  // Passes a slot on without a tile in it.
+  PROXYATTN_DEVICE void skip_query() {
+    ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
+    query_.next();
+  }
+
+  PROXYATTN_DEVICE void load_keys(int batch, int head, int first_tile, int num_tiles) {
+    PROXYATTN_NO_UNROLL
+    for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
+      uint64_t* full = &shared_.key_barriers.full[key_.slot];
+      ptx::mbarrier_wait(&shared_.key_barriers.empty[key_.slot], key_.phase,
+                         ptx::WaitSite::kProducerKey);
+      ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
+      ptx::tma_load(shared_.key[key_.slot], &k_map_, full, 0, tile * kLogitKeys, 0, head, batch,
+                    ptx::kEvictNormal);
+      key_.next();
+    }
+  }
+
+ private:
+  LogitStorage<Traits>& shared_;
+  const CUtensorMap& q_map_;
+  const CUtensorMap& k_map_;
+  Ring<Traits::kQueryStages> query_;
+  Ring<Traits::kKeyStages> key_;
+};
+
+// A consumer warpgroup's side of the rings.
+template <typename Traits>
+class LogitStream {
+ public:
+  PROXYATTN_DEVICE LogitStream(LogitStorage<Traits>& shared, int group) : shared_(shared) {
+    query_descriptor_ = ptx::matrix_descriptor(shared.query[0] + group * Traits::kGroupBytes, 0);
+    key_descriptor_ = ptx::matrix_descriptor(shared.key[0], 0);
+  }
+
+  // Until the producer has passed the next row tile on.
+  PROXYATTN_DEVICE void wait_query() {
+    ptx::mbarrier_wait(&shared_.query_barriers.full[query_.slot], query_.phase,
+                       ptx::WaitSite::kConsumerQuery);
+  }
+
+  PROXYATTN_DEVICE int query_slot() const { return query_.slot; }
+
+  PROXYATTN_DEVICE void release_query() {
+    release_slot(&shared_.query_barriers.empty[query_.slot]);
+    query_.next();
+  }
+
+  // Calls consume(s, key tile) for each of num_tiles key tiles.
+  template <typename Consume>
+  PROXYATTN_DEVICE void for_each_tile(int first_tile, int num_tiles, Consume& consume) {
+    const uint64_t query = query_descriptor_ + query_.slot * logit_step(Traits::kQueryTileBytes);
+    PROXYATTN_NO_UNROLL
+    for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
+      ptx::mbarrier_wait(&shared_.key_barriers.full[key_.slot], key_.phase,
+                         ptx::WaitSite::kConsumerKey);
+      float s[Traits::kLogits];
+      ptx::pin(s);
+      ptx::wgmma_fence();
+      issue_logits<Traits>(s, query,
+                           key_descriptor_ + key_.slot * logit_step(Traits::kKeyTileBytes));
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+      ptx::pin(s);
+      release_slot(&shared_.key_barriers.empty[key_.slot]);
+      key_.next();
+      consume(s, tile);
+    }
+  }
+
+ private:
+  LogitStorage<Traits>& shared_;
+  uint64_t query_descriptor_;
+  uint64_t key_descriptor_;
+  Ring<Traits::kQueryStages> query_;
+  Ring<Traits::kKeyStages> key_;
+};
+
+}  // namespace proxyattn::cuda::sm90
