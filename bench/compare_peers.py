@@ -7,7 +7,7 @@ exact attention first. A competitor that is missing or fails says why and is lef
   sparse    random block lists of each head: against FlashAttention-4 and flex_attention
   select    the same with lists as select_blocks makes them: nested prefixes of shared rankings
   estimate  the stages before attention, one by one and together as a CUDA graph
-  end2end   proxy_attention reading about a tenth of the blocks, against dense attention
+  end2end   proxy_attention reading a tenth of the blocks or less, against dense attention
 
 Dense rows count N * N / 2 pairs, sparse rows whole executed blocks. Exits with 1 if a result was
 wrong or proxyattn failed.

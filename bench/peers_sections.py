@@ -39,7 +39,9 @@ Cases = list[tuple[dict, Callable[["Bench"], Entries]]]  # noqa: F821
 MODES = ("last_block", "coverage")
 #: Heads of a group need unlike numbers of blocks: these shares of the mean, in turn.
 BUDGET_SHARES = (0.5, 0.85, 1.15, 1.5)
+#: Share of the causal blocks that proxy_attention reads end to end; less of a longer prompt.
 END_TO_END_DENSITY = 0.1
+LONG, LONG_DENSITY = 262_144, 0.065
 LONGEST_NON_CAUSAL = 32768
 
 
@@ -238,9 +240,16 @@ def checked_graph(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable:
 
 def end_to_end_cases(args: argparse.Namespace) -> Cases:
     return [
-        (case_of(shape, density=END_TO_END_DENSITY), functools.partial(end_to_end_entries, shape))
-        for shape in shapes(args, [32768, 131072, 262144])
+        (
+            case_of(shape, density=end_to_end_density(shape)),
+            functools.partial(end_to_end_entries, shape),
+        )
+        for shape in shapes(args, [8192, 16384, 32768, 131072, 262144])
     ]
+
+
+def end_to_end_density(shape: Shape) -> float:
+    return LONG_DENSITY if shape.length >= LONG else END_TO_END_DENSITY
 
 
 def end_to_end_entries(shape: Shape, bench) -> Entries:
@@ -262,7 +271,7 @@ def end_to_end_entries(shape: Shape, bench) -> Entries:
 def pipeline_entry(inputs: Inputs, proxies: int, mode: str, bench) -> Entry:
     shape, size = inputs.shape, 128
     num_blocks = -(-shape.length // size)
-    min_budget = size * blocks_for_density(num_blocks, END_TO_END_DENSITY)
+    min_budget = size * blocks_for_density(num_blocks, end_to_end_density(shape))
     settings = {"gamma": 0.0, "min_budget": min_budget}
     estimation = Estimation(inputs, proxies, bench.args.stride, size, mode, **settings)
     chosen = selected_blocks(*estimation.all(), size)

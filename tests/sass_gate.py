@@ -27,7 +27,9 @@ WARPGROUP_WAIT = "WARPGROUP.DEPBAR"
 # a step (two copies of it for 128) that scores a tile and adds an output, and adds the last output:
 # a wait after each end and two in each step.
 ATTENTION_COUNTS = {64: (16, 4), 128: (48, 6), 256: (40, 4)}
-_ATTENTION_HEAD_DIM = re.compile(r"attention_kernel.*?Li(\d+)E")
+# Where key tiles are gathered from two blocks, another way to end: over half a tile.
+SMALL_BLOCK_COUNTS = {128: (52, 7)}
+_ATTENTION = re.compile(r"attention_kernel.*?Li(\d+)E.*?BlockSizesE(\d)E")
 # The same of the score and budget kernels: the logits of one tile, waited for.
 LOGIT_COUNTS = {64: (4, 1), 128: (8, 1), 256: (16, 1)}
 _LOGIT_HEAD_DIM = re.compile(r"(?:score|block_lse)_kernel.*?LogitTraitsILi(\d+)E")
@@ -102,8 +104,9 @@ def check_usage(kernels: list[Kernel]) -> Iterator[str]:
 
 def expected_counts(name: str) -> tuple[int, int] | None:
     """(products, waits) that a kernel for sm90 must have; None if nothing is known of it."""
-    if head_dim := _ATTENTION_HEAD_DIM.search(name):
-        return ATTENTION_COUNTS[int(head_dim[1])]
+    if attention := _ATTENTION.search(name):
+        counts = ATTENTION_COUNTS if attention[2] == "0" else SMALL_BLOCK_COUNTS
+        return counts[int(attention[1])]
     if head_dim := _LOGIT_HEAD_DIM.search(name):
         return LOGIT_COUNTS[int(head_dim[1])]
     return None

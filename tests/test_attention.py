@@ -232,6 +232,26 @@ def test_other_heads_blocks_do_not_leak(device, bad):
     assert after[:, 64:, 1::2].isfinite().sum() == 0
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("shorter, longer", [(0, 1), (1, 2), (1, 3), (2, 3), (3, 6), (4, 5)])
+def test_nan_of_a_longer_list_stays_out_of_a_shorter(device, block_size, head_dim, shorter, longer):
+    """Heads that share a list share its tiles too, but not what is behind their own counts."""
+    blocks = [5, 0, 3, 1, 4, 2]
+    tokens = 6 * block_size
+    q, k, v = random_inputs(device, tokens, tokens, (5, 1), head_dim=head_dim, batch=1)
+    lists = int32([[[blocks] * 6]], device)
+    counts = int32([[[count] * 6 for count in (shorter, longer, longer, shorter, longer)]], device)
+    arguments = lists, counts, block_size, False
+    before, _ = proxyattn.block_sparse_attention(q, k, v, *arguments)
+    for block in blocks[shorter:]:
+        k[:, block * block_size :][:, :block_size] = NAN
+        v[:, block * block_size :][:, :block_size] = NAN
+    after, _ = proxyattn.block_sparse_attention(q, k, v, *arguments)
+    assert_same_bits(before[:, :, [0, 3]], after[:, :, [0, 3]])
+    assert after[:, :, [1, 2, 4]].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_nan_in_a_chosen_block_shows(device, dtype):
     q, k, v = random_inputs(device, 64, 256, dtype=dtype, batch=1)

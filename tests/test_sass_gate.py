@@ -21,7 +21,7 @@ Resource usage:
   REG:168 STACK:256 SHARED:0 LOCAL:8 CONSTANT[0]:1408 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
-GOOD = "attention_kernelINS_6TraitsILi128EEEEE"
+GOOD = "attention_kernelINS_6TraitsILi128ELNS_10BlockSizesE0EEEEE"
 
 CODE = f"""
 arch = sm_90a

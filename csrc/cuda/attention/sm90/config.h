@@ -1,8 +1,10 @@
-// Tile sizes of the sm90 attention kernels, by head_dim.
+// Tile sizes of the sm90 attention kernels.
 //
-// A team, of which a thread block has one or two, owns 128 query rows of one head: a producer warp
-// and two consumer warpgroups of 64 rows each. Keys and values pass in tiles of kKeyRows through
-// the team's rings in shared memory.
+// A team, of which a thread block has one or two, is a producer warp and two consumer warpgroups of
+// 64 query rows each. With query blocks of 128 rows a team works on one block of one head; with
+// blocks of 64 on one block of two heads, whose lists share what they can (pairs.cuh). Keys and
+// values pass in tiles of kKeyRows through the team's rings in shared memory; a tile is part of a
+// key block, a whole one, or gathered from two.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +13,7 @@ namespace proxyattn::cuda::sm90 {
 
 inline constexpr int kQueryRows = 128;          // of a team
 inline constexpr int kWarpgroupRows = 64;       // of a consumer warpgroup: one wgmma high
+inline constexpr int kTeamGroups = 2;           // consumer warpgroups of a team
 inline constexpr int kConsumerWarps = 8;        // of a team
 inline constexpr int64_t kCounterBytes = 4;     // scratch: the number of tiles handed out
 inline constexpr int kMaxSharedBytes = 232448;  // a block's limit on compute capability 9.0
@@ -20,6 +23,18 @@ enum class Overlap {
   kNone,    // one set of probabilities: softmax waits for the output of the tile before
   kOutput,  // two sets: it runs beside that output
 };
+
+// Sizes of the blocks that lists name.
+enum class BlockSizes {
+  kLarge,      // 128 query rows; key blocks of whole key tiles
+  kSmall,      // 64 query rows, so that a team works on two heads; key tiles of two blocks
+  kSmallKeys,  // 128 query rows; key tiles of two blocks
+};
+
+// Kernels for small blocks exist for this head_dim, and take key blocks of half a key tile.
+inline constexpr int kSmallBlockHeadDim = 128;
+
+inline constexpr int kMaxPairGroup = 32;  // heads of which a warp finds pairs
 
 struct TileConfig {
   int key_rows;      // keys in one tile

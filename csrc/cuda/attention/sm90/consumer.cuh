@@ -30,24 +30,29 @@ class Consumer {
     place_.thread = threadIdx.x & 127;
     place_.group = warpgroup % 2;
     place_.barrier = kFirstEpilogueBarrier + warpgroup;
-    query_descriptor_ = ptx::matrix_descriptor(
-        shared.query[0] + place_.group * kWarpgroupRows * Traits::kBoxRowBytes, 0);
+    query_descriptor_ =
+        ptx::matrix_descriptor(shared.query[0] + Traits::group_bytes(place_.group), 0);
     key_descriptor_ = ptx::matrix_descriptor(shared.key[0], 0);
-    value_descriptor_ = ptx::matrix_descriptor(shared.value[0], Traits::kKeyBoxBytes);
+    value_descriptor_ = ptx::matrix_descriptor(shared.value[0], Traits::kPartBoxBytes);
   }
 
   PROXYATTN_DEVICE void run() {
     while (true) {
       ptx::mbarrier_wait(&shared_.query_barriers.full[query_.slot], query_.phase,
                          ptx::WaitSite::kConsumerQuery);
-      const TileInfo tile = read_tile_info(shared_.tiles[query_.slot]);
+      const TileInfo tile = read_tile_info<Traits>(shared_.tiles[query_.slot][place_.group]);
       if (tile.steps == kNoMoreTiles) break;
-      place_.first_row = tile.row * kQueryRows + place_.group * kWarpgroupRows;
+      place_.first_row =
+          tile.row * Traits::kBlockRows + place_.group * kWarpgroupRows % Traits::kBlockRows;
       if (tile.steps > 0) {
         attend(tile);
-      } else {
+      } else if (tile.head != kNoHead) {
         store_nothing(p_, shared_, tile, place_, query_.slot);
+      } else {
+        release_slot(&shared_.query_barriers.empty[query_.slot]);
       }
+      key_.skip(tile.skip);
+      value_.skip(tile.skip);
       query_.next();
     }
     // Shared memory must outlive the copy engine's reads, and stores must land before exit.
@@ -60,30 +65,39 @@ class Consumer {
   using Probabilities = uint32_t[Traits::kProbabilities];
 
   PROXYATTN_DEVICE void attend(const TileInfo& tile) {
-    // Every row of the warpgroup sees key tiles [0, whole_tiles) whole.
-    const int whole_tiles = visible_keys(place_.first_row) / Traits::kKeyRows;
+    // Every row of the warpgroup sees parts [0, whole_parts) whole.
+    const int whole_parts = visible_keys(place_.first_row) / Traits::kPartRows;
+    // Key tiles before the last one, if only a part of that is this head's.
+    const int uncut = Traits::kParts > 1 ? tile.steps - tile.odd : tile.steps;
     const uint64_t query =
         query_descriptor_ + query_.slot * descriptor_step(Traits::kQueryTileBytes);
     Scores s;
     Outputs o;
     Probabilities even, odd;
     RowState state;
-    first_step(query, whole_tiles, state, s, o, even);
+    first_step(query, whole_parts, 0 >= uncut, state, s, o, even);
     if constexpr (Traits::kOverlap == Overlap::kOutput) {
       PROXYATTN_NO_UNROLL
       for (int j = 1; j < tile.steps; j += 2) {
-        step(query, whole_tiles, state, s, o, even, odd);
+        step(query, whole_parts, j >= uncut, state, s, o, even, odd);
         if (j + 1 == tile.steps) {
           copy(even, odd);
           break;
         }
-        step(query, whole_tiles, state, s, o, odd, even);
+        step(query, whole_parts, j + 1 >= uncut, state, s, o, odd, even);
       }
     } else {
       PROXYATTN_NO_UNROLL
-      for (int j = 1; j < tile.steps; ++j) step(query, whole_tiles, state, s, o, even, even);
+      for (int j = 1; j < tile.steps; ++j) {
+        step(query, whole_parts, j >= uncut, state, s, o, even, even);
+      }
     }
-    last_step(o, even);
+    if (Traits::kParts > 1 && tile.odd) {
+      // Values that the head did not choose, or that nobody loaded, must not meet zeros.
+      last_step<Traits::kPartRows>(o, even);
+    } else {
+      last_step<Traits::kKeyRows>(o, even);
+    }
 
     sum_rows(state);
     normalise(o, state);
@@ -92,21 +106,24 @@ class Consumer {
     store_output(p_, shared_, tile, place_, query_.slot);
   }
 
-  // Scores of the first tile alone, which set the rows' references.
+  // Scores of the first tile alone, which set the rows' references. Of a cut tile only the first
+  // part is the head's.
   PROXYATTN_DEVICE void first_step(uint64_t query,
-                                   int whole_tiles,
+                                   int whole_parts,
+                                   bool cut,
                                    RowState& state,
                                    Scores& s,
                                    Outputs& o,
                                    Probabilities& next) {
-    const int tile = wait_key();
+    TileParts<Traits> parts;
+    wait_key(parts, cut);
     ptx::pin(s);
     ptx::wgmma_fence();
     issue_scores<Traits>(s, query, key());
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::pin(s);
-    mask_and_release_key(s, whole_tiles, tile);
+    mask_and_release_key(s, whole_parts, parts);
     float rescale[2];
     state.reset();
     softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
@@ -116,13 +133,15 @@ class Consumer {
 
   // Scores of one tile, output of the one before, whose probabilities are `now`; fills `next`.
   PROXYATTN_DEVICE void step(uint64_t query,
-                             int whole_tiles,
+                             int whole_parts,
+                             bool cut,
                              RowState& state,
                              Scores& s,
                              Outputs& o,
                              Probabilities& now,
                              Probabilities& next) {
-    const int tile = wait_key();
+    TileParts<Traits> parts;
+    wait_key(parts, cut);
     ptx::pin(s);
     ptx::pin(o);
     ptx::pin(now);
@@ -135,7 +154,7 @@ class Consumer {
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::pin(s);
-    mask_and_release_key(s, whole_tiles, tile);
+    mask_and_release_key(s, whole_parts, parts);
     if constexpr (Traits::kOverlap != Overlap::kOutput) drain_output(o, now);
     float rescale[2];
     const bool in_range = softmax_step<Element>(s, state, p_.scale_log2, next);
@@ -144,14 +163,13 @@ class Consumer {
     if (!in_range) rescale_output(o, rescale);
   }
 
-  // Two tiles. `pending` holds the probabilities of the tile before on entry, of the second tile on
-  // return; `passing` those of the first tile between.
+  template <int kKeys>
   PROXYATTN_DEVICE void last_step(Outputs& o, Probabilities& now) {
     wait_value();
     ptx::pin(o);
     ptx::pin(now);
     ptx::wgmma_fence();
-    issue_output<Traits>(o, now, value());
+    issue_output<Traits, kKeys>(o, now, value());
     ptx::wgmma_commit();
     drain_output(o, now);
   }
@@ -186,10 +204,14 @@ class Consumer {
     return value_descriptor_ + value_.slot * descriptor_step(Traits::kKeyTileBytes);
   }
 
-  PROXYATTN_DEVICE int wait_key() {
+  PROXYATTN_DEVICE void wait_key(TileParts<Traits>& parts, bool cut) {
     ptx::mbarrier_wait(&shared_.key_barriers.full[key_.slot], key_.phase,
                        ptx::WaitSite::kConsumerKey);
-    return read_beside(shared_.key_tile[key_.slot]);
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kParts; ++i) {
+      parts[i] = read_beside(shared_.key_parts[key_.slot][i]);
+    }
+    if (Traits::kParts > 1 && cut) parts[Traits::kParts - 1] = kNoPart;
   }
   PROXYATTN_DEVICE void wait_value() {
     ptx::mbarrier_wait(&shared_.value_barriers.full[value_.slot], value_.phase,
@@ -197,15 +219,22 @@ class Consumer {
   }
 
   // The scores are in registers, so the key slot goes back; what it held decides about the mask.
-  PROXYATTN_DEVICE void mask_and_release_key(float (&s)[Traits::kScores],
-                                             int whole_tiles,
-                                             int tile) {
+  PROXYATTN_DEVICE void mask_and_release_key(Scores& s,
+                                             int whole_parts,
+                                             const TileParts<Traits>& parts) {
     release_slot(&shared_.key_barriers.empty[key_.slot]);
     key_.next();
-    if (tile >= whole_tiles) {
-      const int limit[2] = {visible_keys(place_.query()), visible_keys(place_.query() + 8)};
-      mask_scores(s, tile * Traits::kKeyRows + (place_.thread & 3) * 2, limit);
-    }
+    mask_part<0>(s, whole_parts, parts[0]);
+    if constexpr (Traits::kParts > 1) mask_part<1>(s, whole_parts, parts[1]);
+  }
+
+  template <int kPart>
+  PROXYATTN_DEVICE void mask_part(Scores& s, int whole_parts, int part) {
+    if (part < whole_parts) return;
+    constexpr int kCount = Traits::kScores / Traits::kParts;
+    const int limit[2] = {visible_keys(place_.query()), visible_keys(place_.query() + 8)};
+    mask_scores<kPart * kCount, kCount>(s, part * Traits::kPartRows + (place_.thread & 3) * 2,
+                                        limit);
   }
 
   const Problem& p_;

@@ -63,8 +63,9 @@ PROXYATTN_DEVICE void stage_output(uint8_t* query_tile,
                                    const GroupPlace& place) {
   using Element = typename Traits::Element;
   const int lane = place.lane();
-  const int row = place.group * kWarpgroupRows + place.warp() * 16 + (lane & 15);
-  const uint32_t row_address = ptx::shared_address(query_tile) + row * Traits::kBoxRowBytes;
+  const int row = place.warp() * 16 + (lane & 15);
+  const uint32_t row_address = ptx::shared_address(query_tile) + Traits::group_bytes(place.group) +
+                               row * Traits::kBoxRowBytes;
   PROXYATTN_UNROLL
   for (int j = 0; j < Traits::kHeadDim / 16; ++j) {  // 16 columns, two 16-byte chunks
     const uint32_t chunk = (j & 3) * 2 + (lane >> 4);
@@ -88,7 +89,7 @@ PROXYATTN_DEVICE void store_output(const Problem& p,
   ptx::fence_shared_for_async();
   ptx::named_barrier_sync(place.barrier, 128);
   if (place.thread == 0) {
-    const uint8_t* rows = shared.query[slot] + place.group * kWarpgroupRows * Traits::kBoxRowBytes;
+    const uint8_t* rows = shared.query[slot] + Traits::group_bytes(place.group);
     PROXYATTN_UNROLL
     for (int box = 0; box < Traits::kBoxes; ++box) {
       ptx::tma_store(&p.out_map, rows + box * Traits::kQueryBoxBytes, 0, place.first_row, box,

@@ -5,9 +5,8 @@
 // Shapes: see problem.h. Grid: a persistent thread block per multiprocessor; its teams work on
 // query tiles of their own. The first warpgroups compute, two of a team, 64 query rows each
 // (consumer.cuh); in the last one a warp of each team loads (producer.cuh). Shared memory: a team's
-// query, key and value rings (shared_storage.cuh), up to 226 KB in all. Assumes query blocks of 128
-// rows, key blocks that are multiples of the key tile, and tensors that the copy engine can address
-// (layout.cpp checks both).
+// query, key and value rings (shared_storage.cuh), up to 226 KB in all. Which block sizes and
+// tensors it takes layout.cpp says.
 #pragma once
 
 #include "cuda/attention/sm90/consumer.cuh"

@@ -18,16 +18,23 @@ namespace proxyattn::cuda::sm90 {
 
 inline constexpr const char* kOp = "block_sparse_attention";
 
-template <int kHeadDim>
+// Heads of a kv head that share a list, as far as find_pair can tell them apart.
+inline int pair_group(const AttentionParams& a) {
+  int heads = static_cast<int>(a.q_heads / max_of(a.list_heads, a.kv_heads));
+  while (heads > kMaxPairGroup) heads = heads % 2 == 0 ? heads / 2 : 1;
+  return heads;
+}
+
+template <typename Traits>
 Problem make_problem(const AttentionParams& a) {
-  const TileConfig config = tile_config(kHeadDim);
+  constexpr int kKeyBoxes = Traits::kParts == 1 ? Traits::kBoxes : 1;  // of one load
   Problem p{};
   p.q_map = make_tensor_map(kOp, a.q, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
-                            a.q_strides, {kQueryRows, kHeadDim / kTensorBoxColumns});
+                            a.q_strides, {Traits::kBlockRows, Traits::kBoxes});
   p.k_map = make_tensor_map(kOp, a.k, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
-                            a.k_strides, {config.key_rows, kHeadDim / kTensorBoxColumns});
+                            a.k_strides, {Traits::kPartRows, kKeyBoxes});
   p.v_map = make_tensor_map(kOp, a.v, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
-                            a.v_strides, {config.key_rows, kHeadDim / kTensorBoxColumns});
+                            a.v_strides, {Traits::kPartRows, Traits::kBoxes});
   p.out_map = make_tensor_map(kOp, a.out, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
                               a.out_strides, {kWarpgroupRows, 1});
   p.indices = a.indices;
@@ -40,10 +47,13 @@ Problem make_problem(const AttentionParams& a) {
   p.out_head_stride = a.out_strides.head;
   p.num_rows = static_cast<int>(a.rows.end - a.rows.begin);
   p.row_begin = static_cast<int>(a.rows.begin);
-  p.num_tiles = static_cast<int>(a.batch * a.q_heads) * p.num_rows;
   p.q_heads = static_cast<int>(a.q_heads);
   p.kv_heads = static_cast<int>(a.kv_heads);
   p.heads_per_kv = static_cast<int>(a.q_heads / a.kv_heads);
+  p.pair_group = Traits::kHeads == 1 ? 1 : pair_group(a);
+  p.group_pairs = ceil_div(p.pair_group, Traits::kHeads);
+  p.tiles_per_kv_row = p.heads_per_kv / p.pair_group * p.group_pairs;
+  p.num_tiles = static_cast<int>(a.batch) * p.kv_heads * p.tiles_per_kv_row * p.num_rows;
   p.list_heads = static_cast<int>(a.list_heads);
   p.heads_per_list = static_cast<int>(a.q_heads / a.list_heads);
   p.list_capacity = static_cast<int>(a.list_capacity);
@@ -52,17 +62,15 @@ Problem make_problem(const AttentionParams& a) {
   p.q_offset = static_cast<int>(a.q_offset);
   p.num_kv_blocks = static_cast<int>(ceil_div(a.kv_len, a.kv_block));
   p.kv_block = static_cast<int>(a.kv_block);
-  p.tiles_per_block = static_cast<int>(a.kv_block) / config.key_rows;
+  p.tiles_per_block = max_of(1, static_cast<int>(a.kv_block) / Traits::kKeyRows);
   p.causal = a.causal ? 1 : 0;
   p.scale_log2 = a.scale * kLog2E;
   return p;
 }
 
-template <int kHeadDim, DType kDType>
-void launch_attention(const AttentionParams& params, Stream stream) {
-  using Traits = sm90::Traits<kHeadDim, kDType>;
-  if (params.batch == 0 || params.rows.begin == params.rows.end) return;
-  const Problem problem = make_problem<kHeadDim>(params);
+template <typename Traits>
+void launch_kernel(const AttentionParams& params, Stream stream) {
+  const Problem problem = make_problem<Traits>(params);
   // Each launch counts its own tiles; a memset is a node of a captured graph like any other.
   PROXYATTN_CUDA_CALL(kOp, cudaMemsetAsync(problem.next_tile, 0, kCounterBytes, stream));
   LaunchShape shape{};
@@ -72,6 +80,20 @@ void launch_attention(const AttentionParams& params, Stream stream) {
   shape.threads = Traits::kThreads;
   shape.shared_bytes = Traits::kTeams * sizeof(SharedStorage<Traits>);
   launch<attention_kernel<Traits>>(kOp, shape, stream, problem);
+}
+
+template <int kHeadDim, DType kDType>
+void launch_attention(const AttentionParams& params, Stream stream) {
+  if (params.batch == 0 || params.rows.begin == params.rows.end) return;
+  if constexpr (kHeadDim == kSmallBlockHeadDim) {
+    if (params.q_block == kQueryRows / 2) {
+      return launch_kernel<Traits<kHeadDim, kDType, BlockSizes::kSmall>>(params, stream);
+    }
+    if (params.kv_block < tile_config(kHeadDim).key_rows) {
+      return launch_kernel<Traits<kHeadDim, kDType, BlockSizes::kSmallKeys>>(params, stream);
+    }
+  }
+  launch_kernel<Traits<kHeadDim, kDType>>(params, stream);
 }
 
 }  // namespace proxyattn::cuda::sm90

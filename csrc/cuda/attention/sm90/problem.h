@@ -8,8 +8,8 @@
 namespace proxyattn::cuda::sm90 {
 
 struct Problem {
-  CUtensorMap q_map;    // [batch, q_heads, head_dim / 64, q_len, 64], boxes of 128 rows
-  CUtensorMap k_map;    // [batch, kv_heads, head_dim / 64, kv_len, 64], boxes of kKeyRows rows
+  CUtensorMap q_map;    // [batch, q_heads, head_dim / 64, q_len, 64], boxes of a block's rows
+  CUtensorMap k_map;    // [batch, kv_heads, head_dim / 64, kv_len, 64], boxes of kPartRows rows
   CUtensorMap v_map;    // the same of v
   CUtensorMap out_map;  // [batch, q_heads, head_dim / 64, q_len, 64], boxes of 64 rows by 64
 
@@ -29,6 +29,9 @@ struct Problem {
   int q_heads;
   int kv_heads;
   int heads_per_kv;
+  int pair_group;        // heads of a kv head that share a list; 1 if teams work on one head
+  int group_pairs;       // query tiles of such a group
+  int tiles_per_kv_row;  // query tiles of a kv head and query block
   int list_heads;
   int heads_per_list;
   int list_capacity;
@@ -37,7 +40,7 @@ struct Problem {
   int q_offset;
   int num_kv_blocks;
   int kv_block;
-  int tiles_per_block;  // key tiles in a key block
+  int tiles_per_block;  // key tiles in a key block, if they are no smaller
   int causal;           // 0 or 1
   float scale_log2;     // scale * log2(e): softmax runs on powers of two
 };

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/math.h"
+#include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/scheduler.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
@@ -36,41 +38,92 @@ class Producer {
     ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
                        ptx::WaitSite::kProducerQuery);
     if (leader_) {
-      shared_.tiles[query_.slot].steps = kNoMoreTiles;
+      for (TileInfo& info : shared_.tiles[query_.slot]) info.steps = kNoMoreTiles;
       ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
     }
   }
 
  private:
+  using Parts = TileParts<Traits>;
+
   PROXYATTN_DEVICE void load_tile(const TilePlace& place) {
     BlockWalk walk(p_, place);
-    const int count = walk.count();
-    load_query(place, count * p_.tiles_per_block);
-    int previous = 0;
-    for (int i = 0; i < count; ++i) {
-      const int block = walk.block(i);
-      // From the block's end, as the blocks themselves usually come.
-      for (int part = p_.tiles_per_block - 1; part >= 0; --part) {
-        const int key_tile = block * p_.tiles_per_block + part;
-        load_key(place, key_tile);
-        if (i > 0 || part < p_.tiles_per_block - 1) load_value(place, previous);
-        previous = key_tile;
+    HeadBlocks heads[2];
+    find_heads(place, heads);
+    const int blocks = heads[0].blocks;
+    const int steps = steps_of(blocks);
+    shared_steps_ = steps_of(heads[1].blocks);
+    load_query(place, heads);
+    Parts parts, previous;
+    int block = 0;
+    for (int step = 0; step < steps; ++step) {
+      if constexpr (Traits::kParts == 1) {
+        // From the block's end, as the blocks themselves usually come.
+        const int behind = step % p_.tiles_per_block;
+        if (behind == 0) block = walk.block(step / p_.tiles_per_block, blocks);
+        parts[0] = (block + 1) * p_.tiles_per_block - 1 - behind;
+      } else {
+        PROXYATTN_UNROLL
+        for (int i = 0; i < Traits::kParts; ++i) {
+          const int place_in_list = step * Traits::kParts + i;
+          parts[i] = place_in_list < blocks ? walk.block(place_in_list, blocks) : kNoPart;
+        }
+      }
+      load_key(place, step, parts);
+      if (step > 0) load_value(place, step - 1, previous);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < Traits::kParts; ++i) previous[i] = parts[i];
+    }
+    if (steps > 0) load_value(place, steps - 1, previous);
+  }
+
+  PROXYATTN_DEVICE int steps_of(int blocks) const {
+    return Traits::kParts == 1 ? blocks * p_.tiles_per_block : ceil_div(blocks, Traits::kParts);
+  }
+
+  // Whose rows the warpgroups have, and how many key blocks each reads; the first reads no fewer.
+  PROXYATTN_DEVICE void find_heads(const TilePlace& place, HeadBlocks (&heads)[2]) const {
+    const int32_t* counts = place.counts(p_);
+    const int visible = place.visible_blocks(p_, Traits::kBlockRows);
+    if constexpr (Traits::kHeads == 1) {
+      const int blocks = counts == nullptr ? visible : min(max(*counts, 0), p_.list_capacity);
+      heads[0] = heads[1] = {place.head, blocks};
+    } else {
+      find_pair(p_, counts, visible, place.pair, heads);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        if (heads[i].head != kNoHead) heads[i].head += place.head;
       }
     }
-    if (count > 0) load_value(place, previous);
   }
 
   // Publishes the tile; its arrival on `full` makes TileInfo visible to the consumers.
-  PROXYATTN_DEVICE void load_query(const TilePlace& place, int steps) {
+  PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     uint64_t* full = &shared_.query_barriers.full[query_.slot];
     ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
                        ptx::WaitSite::kProducerQuery);
     if (leader_) {
-      shared_.tiles[query_.slot] = TileInfo{place.row, place.head, place.batch, steps};
-      if (steps > 0) {
-        ptx::mbarrier_arrive_expect(full, Traits::kQueryTileBytes);
-        ptx::tma_load(shared_.query[query_.slot], &p_.q_map, full, 0, place.row * kQueryRows, 0,
-                      place.head, place.batch, ptx::kEvictFirst);
+      const int steps = steps_of(heads[0].blocks);
+      PROXYATTN_UNROLL
+      for (int group = 0; group < kTeamGroups; ++group) {
+        const HeadBlocks& h = heads[group];
+        const int odd = Traits::kParts > 1 ? h.blocks % Traits::kParts : 0;
+        const int mine = steps_of(h.blocks);
+        shared_.tiles[query_.slot][group] =
+            TileInfo{place.row, h.head, place.batch, mine, odd, steps - mine};
+      }
+      int loads = 0;
+      PROXYATTN_UNROLL
+      for (int i = 0; i < Traits::kHeads; ++i) loads += heads[i].blocks > 0;
+      if (loads > 0) {
+        ptx::mbarrier_arrive_expect(full, loads * Traits::kHeadBytes);
+        PROXYATTN_UNROLL
+        for (int i = 0; i < Traits::kHeads; ++i) {
+          if (heads[i].blocks == 0) continue;
+          ptx::tma_load(shared_.query[query_.slot] + i * Traits::kHeadBytes, &p_.q_map, full, 0,
+                        place.row * Traits::kBlockRows, 0, heads[i].head, place.batch,
+                        ptx::kEvictFirst);
+        }
       } else {
         ptx::mbarrier_arrive(full);
       }
@@ -78,36 +131,68 @@ class Producer {
     query_.next();
   }
 
-  PROXYATTN_DEVICE void load_key(const TilePlace& place, int key_tile) {
+  PROXYATTN_DEVICE void load_key(const TilePlace& place, int step, const Parts& parts) {
     uint64_t* full = &shared_.key_barriers.full[key_.slot];
-    ptx::mbarrier_wait(&shared_.key_barriers.empty[key_.slot], key_.phase,
-                       ptx::WaitSite::kProducerKey);
+    uint64_t* empty = &shared_.key_barriers.empty[key_.slot];
+    ptx::mbarrier_wait(empty, key_.phase, ptx::WaitSite::kProducerKey);
     if (leader_) {
-      // The arrival below orders this store before the consumers' read.
-      shared_.key_tile[key_.slot] = key_tile;
-      ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
-      load_rows(shared_.key[key_.slot], &p_.k_map, full, place, key_tile);
+      // The arrival below orders these stores before the consumers' reads.
+      PROXYATTN_UNROLL
+      for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = parts[i];
+      expect(full, parts);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < Traits::kParts; ++i) {
+        if (parts[i] == kNoPart) continue;
+        // One box at a time where parts share boxes.
+        PROXYATTN_UNROLL
+        for (int box = 0; box < (Traits::kParts == 1 ? 1 : Traits::kBoxes); ++box) {
+          load_rows(shared_.key[key_.slot] + box * Traits::kKeyBoxBytes + i * Traits::kPartBoxBytes,
+                    &p_.k_map, full, place, parts[i], box);
+        }
+      }
+      release_for_absent(empty, step);
     }
     key_.next();
   }
 
-  PROXYATTN_DEVICE void load_value(const TilePlace& place, int key_tile) {
+  PROXYATTN_DEVICE void load_value(const TilePlace& place, int step, const Parts& parts) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
-    ptx::mbarrier_wait(&shared_.value_barriers.empty[value_.slot], value_.phase,
-                       ptx::WaitSite::kProducerValue);
+    uint64_t* empty = &shared_.value_barriers.empty[value_.slot];
+    ptx::mbarrier_wait(empty, value_.phase, ptx::WaitSite::kProducerValue);
     if (leader_) {
-      ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
-      load_rows(shared_.value[value_.slot], &p_.v_map, full, place, key_tile);
+      expect(full, parts);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < Traits::kParts; ++i) {
+        if (parts[i] == kNoPart) continue;
+        load_rows(shared_.value[value_.slot] + i * Traits::kPartBytes, &p_.v_map, full, place,
+                  parts[i], 0);
+      }
+      release_for_absent(empty, step);
     }
     value_.next();
+  }
+
+  static PROXYATTN_DEVICE void expect(uint64_t* full, const Parts& parts) {
+    int loads = 0;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kParts; ++i) loads += parts[i] != kNoPart;
+    ptx::mbarrier_arrive_expect(full, loads * Traits::kPartBytes);
+  }
+
+  // The second warpgroup skips the tiles that only the first one's head reads.
+  PROXYATTN_DEVICE void release_for_absent(uint64_t* empty, int step) const {
+    if (Traits::kHeads > 1 && step >= shared_steps_) {
+      ptx::mbarrier_arrive_many(empty, kConsumerWarps / kTeamGroups);
+    }
   }
 
   PROXYATTN_DEVICE void load_rows(uint8_t* shared,
                                   const CUtensorMap* map,
                                   uint64_t* full,
                                   const TilePlace& place,
-                                  int key_tile) {
-    ptx::tma_load(shared, map, full, 0, key_tile * Traits::kKeyRows, 0, place.kv_head, place.batch,
+                                  int part,
+                                  int box) {
+    ptx::tma_load(shared, map, full, 0, part * Traits::kPartRows, box, place.kv_head, place.batch,
                   ptx::kEvictNormal);
   }
 
@@ -115,6 +200,7 @@ class Producer {
   SharedStorage<Traits>& shared_;
   const int team_;
   const bool leader_;
+  int shared_steps_ = 0;  // of the current query tile, that both warpgroups take
   Ring<Traits::kQueryStages> query_;
   Ring<Traits::kKeyStages> key_;
   Ring<Traits::kValueStages> value_;

@@ -33,15 +33,19 @@ PROXYATTN_DEVICE void issue_scores(float (&s)[Traits::kScores], uint64_t query, 
   }
 }
 
-// O[64 x head_dim] += P V, P from registers. Along the keys a step is 16 rows of 128 bytes.
-template <typename Traits>
+// O[64 x head_dim] += P V over the first kKeys keys of a tile, P from registers. Along the keys a
+// step is 16 rows of 128 bytes.
+template <typename Traits, int kKeys = Traits::kKeyRows>
 PROXYATTN_DEVICE void issue_output(float (&o)[Traits::kOutputs],
                                    const uint32_t (&p)[Traits::kProbabilities],
                                    uint64_t value) {
   PROXYATTN_UNROLL
-  for (int i = 0; i < Traits::kKeyRows / kDepth; ++i) {
-    ptx::Wgmma<typename Traits::Element, Traits::kHeadDim>::rs(
-        o, &p[4 * i], value + descriptor_step(i * kDepth * Traits::kBoxRowBytes), 1);
+  for (int i = 0; i < kKeys / kDepth; ++i) {
+    constexpr int kStepsOfPart = Traits::kPartRows / kDepth;
+    const int bytes =
+        i / kStepsOfPart * Traits::kPartBytes + i % kStepsOfPart * kDepth * Traits::kBoxRowBytes;
+    ptx::Wgmma<typename Traits::Element, Traits::kHeadDim>::rs(o, &p[4 * i],
+                                                               value + descriptor_step(bytes), 1);
   }
 }
 

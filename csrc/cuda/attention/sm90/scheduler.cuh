@@ -15,18 +15,35 @@ namespace proxyattn::cuda::sm90 {
 
 struct TilePlace {
   int row;  // query block, counted from the first of the sequence
-  int head;
-  int kv_head;
   int batch;
+  int kv_head;
+  int head;  // query head, or the first of the group that the pair is of
+  int pair;
 
   PROXYATTN_DEVICE TilePlace(const Problem& p, int tile) {
-    const int tiles_per_kv = p.num_rows * p.heads_per_kv;
+    const int tiles_per_kv = p.num_rows * p.tiles_per_kv_row;
     const int kv = tile / tiles_per_kv;
     const int rest = tile - kv * tiles_per_kv;
     batch = kv / p.kv_heads;
     kv_head = kv - batch * p.kv_heads;
-    row = p.row_begin + p.num_rows - 1 - rest / p.heads_per_kv;
-    head = kv_head * p.heads_per_kv + rest % p.heads_per_kv;
+    row = p.row_begin + p.num_rows - 1 - rest / p.tiles_per_kv_row;
+    const int place = rest % p.tiles_per_kv_row;
+    pair = place % p.group_pairs;
+    head = kv_head * p.heads_per_kv + place / p.group_pairs * p.pair_group;
+  }
+
+  // The counts of the query block, num_rows apart from head to head; null without lists.
+  PROXYATTN_DEVICE const int32_t* counts(const Problem& p) const {
+    if (p.counts == nullptr) return nullptr;
+    return p.counts + (static_cast<int64_t>(batch) * p.q_heads + head) * p.num_rows + row -
+           p.row_begin;
+  }
+
+  // Key blocks that any row of the query block sees.
+  PROXYATTN_DEVICE int visible_blocks(const Problem& p, int block_rows) const {
+    if (!p.causal) return p.num_kv_blocks;
+    const int last_position = p.q_offset + min((row + 1) * block_rows, p.q_len) - 1;
+    return min(last_position / p.kv_block + 1, p.num_kv_blocks);
   }
 };
 
@@ -35,29 +52,20 @@ struct TilePlace {
 class BlockWalk {
  public:
   PROXYATTN_DEVICE BlockWalk(const Problem& p, const TilePlace& place)
-      : num_kv_blocks_(p.num_kv_blocks) {
-    if (p.indices == nullptr) {
-      count_ = visible_blocks(p, place.row);
-      return;
-    }
+      : num_kv_blocks_(p.num_kv_blocks), capacity_(p.list_capacity) {
+    if (p.indices == nullptr) return;
     const int local_row = place.row - p.row_begin;
-    const int64_t head = static_cast<int64_t>(place.batch) * p.q_heads + place.head;
     const int64_t list_head =
         static_cast<int64_t>(place.batch) * p.list_heads + place.head / p.heads_per_list;
     list_ = p.indices + (list_head * p.num_rows + local_row) * p.list_capacity;
-    capacity_ = p.list_capacity;
-    count_ = p.counts[head * p.num_rows + local_row];
     ahead_ = load(0);
   }
 
-  PROXYATTN_DEVICE int count() const {
-    return list_ == nullptr ? count_ : min(max(count_, 0), capacity_);
-  }
-
-  // Block at place `i`; called by the whole warp with i counting up from 0. An entry that names
-  // no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is masked.
-  PROXYATTN_DEVICE int block(int i) {
-    if (list_ == nullptr) return count_ - 1 - i;
+  // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
+  // that names no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is
+  // masked.
+  PROXYATTN_DEVICE int block(int i, int count) {
+    if (list_ == nullptr) return count - 1 - i;
     if (i > 0 && (i & 31) == 0) ahead_ = load(i);
     const int entry = __shfl_sync(kFullWarp, ahead_, i & 31);
     return static_cast<unsigned>(entry) < static_cast<unsigned>(num_kv_blocks_) ? entry
@@ -70,16 +78,9 @@ class BlockWalk {
     return i < capacity_ ? __ldg(list_ + i) : 0;
   }
 
-  static PROXYATTN_DEVICE int visible_blocks(const Problem& p, int row) {
-    if (!p.causal) return p.num_kv_blocks;
-    const int last_position = p.q_offset + min((row + 1) * kQueryRows, p.q_len) - 1;
-    return min(last_position / p.kv_block + 1, p.num_kv_blocks);
-  }
-
   const int32_t* list_ = nullptr;
-  int num_kv_blocks_ = 0;
-  int capacity_ = 0;
-  int count_ = 0;
+  int num_kv_blocks_;
+  int capacity_;
   int ahead_ = 0;  // lane i holds entry i of the current 32
 };
 

@@ -9,19 +9,32 @@
 
 namespace proxyattn::cuda::sm90 {
 
-// What the producer tells the consumers about a query tile.
-struct __align__(16) TileInfo {
+// What the producer tells a consumer warpgroup about its rows of a query tile.
+struct TileInfo {
   int row;    // query block
-  int head;   // query head
+  int head;   // query head; kNoHead: the rows are nobody's
   int batch;  // batch entry
   int steps;  // key tiles to visit; 0: nothing to see, kNoMoreTiles: leave
+  int odd;    // 1 if the last key tile's second part is not the head's
+  int skip;   // key tiles behind those that only the other head visits
 };
 inline constexpr int kNoMoreTiles = -1;
+inline constexpr int kNoHead = -1;
 
+template <typename Traits>
 PROXYATTN_DEVICE TileInfo read_tile_info(const TileInfo& info) {
-  return {read_beside(info.row), read_beside(info.head), read_beside(info.batch),
-          read_beside(info.steps)};
+  return {read_beside(info.row),
+          read_beside(info.head),
+          read_beside(info.batch),
+          read_beside(info.steps),
+          Traits::kParts > 1 ? read_beside(info.odd) : 0,
+          Traits::kHeads > 1 ? read_beside(info.skip) : 0};
 }
+
+// Where a key tile comes from: a part is kPartRows keys, numbered from the first of the sequence.
+template <typename Traits>
+using TileParts = int[Traits::kParts];
+inline constexpr int kNoPart = (1 << 25) - 2;  // behind all keys, and its last key fits 32 bits
 
 template <typename Traits>
 struct __align__(1024) SharedStorage {
@@ -31,8 +44,8 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kQueryStages> query_barriers;
   RingBarriers<Traits::kKeyStages> key_barriers;
   RingBarriers<Traits::kValueStages> value_barriers;
-  TileInfo tiles[Traits::kQueryStages];
-  int key_tile[Traits::kKeyStages];  // which key tile a slot holds
+  TileInfo tiles[Traits::kQueryStages][kTeamGroups];
+  TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds
 };
 
 }  // namespace proxyattn::cuda::sm90

@@ -30,12 +30,13 @@ struct RowState {
 // whose largest number is 65504.
 inline constexpr float kLargestTileSum = 16384.0f;
 
-// -inf to the columns at and behind `limit[row]`. `column` is this thread's first column.
-template <int Scores>
+// -inf to the columns at and behind `limit[row]`, of scores [kFirst, kFirst + kCount). `column` is
+// the first column among them that is this thread's.
+template <int kFirst, int kCount, int Scores>
 PROXYATTN_DEVICE void mask_scores(float (&s)[Scores], int column, const int (&limit)[2]) {
   PROXYATTN_UNROLL
-  for (int i = 0; i < Scores; ++i) {
-    const int c = column + (i / 4) * 8 + (i & 1);
+  for (int i = kFirst; i < kFirst + kCount; ++i) {
+    const int c = column + (i - kFirst) / 4 * 8 + (i & 1);
     if (c >= limit[(i >> 1) & 1]) s[i] = kMinusInfinity;
   }
 }

@@ -5,11 +5,12 @@
 
 #include "cuda/attention/sm90/config.h"
 #include "cuda/common/element.cuh"
+#include "cuda/common/macros.cuh"
 #include "cuda/common/tensor_map.h"
 
 namespace proxyattn::cuda::sm90 {
 
-template <int HeadDim, DType kDType>
+template <int HeadDim, DType kDType, BlockSizes kSizes = BlockSizes::kLarge>
 struct Traits {
   using Element = typename ElementOf<kDType>::Type;
   static constexpr int kHeadDim = HeadDim;
@@ -18,17 +19,32 @@ struct Traits {
   static constexpr int kKeyStages = tile_config(HeadDim).key_stages;
   static constexpr int kValueStages = tile_config(HeadDim).value_stages;
   static constexpr int kTeams = tile_config(HeadDim).teams;
-  static constexpr int kConsumerGroups = 2 * kTeams;
+  static constexpr int kBlockRows = kSizes == BlockSizes::kSmall ? kQueryRows / 2 : kQueryRows;
+  static constexpr int kHeads = kQueryRows / kBlockRows;  // of a query tile
+  static constexpr int kParts = kSizes == BlockSizes::kLarge ? 1 : 2;
+  static constexpr int kPartRows = kKeyRows / kParts;
+  static constexpr int kConsumerGroups = kTeamGroups * kTeams;
   static constexpr int kThreads = 128 * (kConsumerGroups + 1);
   static constexpr Overlap kOverlap = tile_config(HeadDim).overlap;
 
   // A tile in shared memory is a row of boxes, each kTensorBoxColumns wide and as high as the tile.
+  // A query tile of two heads is two such rows, a value tile of two parts likewise; the parts of a
+  // key tile lie in the same boxes, for one product to read.
   static constexpr int kBoxes = HeadDim / kTensorBoxColumns;
   static constexpr int kBoxRowBytes = kTensorBoxColumns * sizeof(Element);
-  static constexpr int kQueryBoxBytes = kQueryRows * kBoxRowBytes;
+  static constexpr int kQueryBoxBytes = kBlockRows * kBoxRowBytes;
   static constexpr int kKeyBoxBytes = kKeyRows * kBoxRowBytes;
-  static constexpr int kQueryTileBytes = kBoxes * kQueryBoxBytes;
+  static constexpr int kHeadBytes = kBoxes * kQueryBoxBytes;
+  static constexpr int kQueryTileBytes = kHeads * kHeadBytes;
   static constexpr int kKeyTileBytes = kBoxes * kKeyBoxBytes;
+
+  static constexpr int kPartBoxBytes = kPartRows * kBoxRowBytes;
+  static constexpr int kPartBytes = kBoxes * kPartBoxBytes;
+
+  // Where a warpgroup's rows begin in a query tile.
+  static PROXYATTN_DEVICE constexpr int group_bytes(int group) {
+    return group * (kHeads == 1 ? kWarpgroupRows * kBoxRowBytes : kHeadBytes);
+  }
 
   // Registers of one consumer thread.
   static constexpr int kScores = kWarpgroupRows * kKeyRows / 128;

@@ -32,7 +32,7 @@ class ScoreConsumer {
     while (true) {
       stream_.wait_query();
       const ScoreItem item = read_item(shared_.items[stream_.query_slot()]);
-      if (item.idx == kNoMoreItems) return;
+      if (item.slot == kNoMoreItems) return;
       begin(item);
       stream_.for_each_tile(item.chunk * p_.chunk_tiles, item.num_tiles, *this);
       stream_.release_query();
@@ -79,7 +79,7 @@ class ScoreConsumer {
   }
 
   PROXYATTN_DEVICE void begin(const ScoreItem& item) {
-    first_place_ = (item.idx - item.chunk) * p_.chunk_tiles * kTileFloats +
+    first_place_ = (item.slot - item.chunk) * p_.chunk_tiles * kTileFloats +
                    warp_row_ / kRowGroup * Layout::kGroupFloats + lane() * Layout::Lane::kCount;
     const int first_row = p_.first_row + item.row_tile * p_.tile_rows + warp_row_;
     warp_limit_ = p_.causal ? p_.first_limit + first_row : p_.num_keys;
@@ -88,7 +88,7 @@ class ScoreConsumer {
 
   PROXYATTN_DEVICE void store_sums(const ScoreItem& item) const {
     float* lse =
-        p_.chunk_lse + static_cast<int64_t>(item.idx) * Traits::kTileRows + warp_row_ + lane() / 4;
+        p_.chunk_lse + static_cast<int64_t>(item.slot) * Traits::kTileRows + warp_row_ + lane() / 4;
     PROXYATTN_UNROLL
     for (int row = 0; row < 2; ++row) {
       const float sum = sums_.log2_sum(row);

@@ -1,10 +1,12 @@
 // What the sm90 score kernels are told, and how their work is cut into items.
 //
 // A pass works on a range of row tiles of every list. An item is a row tile of sampled queries
-// times one chunk of sampled keys. Items are numbered list by list, row tiles of a list from the
-// last (the longest when causal) to the first, then chunk by chunk, leaving out chunks that no row
-// sees. Chunks begin at multiples of their length, so that nothing about a row depends on the rows
-// that are computed with it. Item i leaves what it finds in slot i of scratch.
+// times one chunk of sampled keys that some row of it sees. Chunks begin at multiples of their
+// length, so that nothing about a row depends on the rows that are computed with it.
+//
+// An item leaves what it finds in a slot of scratch. Slots are numbered list by list, row tiles of
+// a list from the last (the longest when causal) to the first, then chunk by chunk; in which order
+// items are computed is for scheduler.cuh to say.
 #pragma once
 
 #include <cstdint>

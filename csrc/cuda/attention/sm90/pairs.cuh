@@ -1,0 +1,46 @@
+// Which heads of a kv head a team works on together when query blocks have 64 rows.
+//
+// Heads that share a list read prefixes of it, so two of them need no more keys than the one that
+// reads more. To waste little of the other's time, a pair are neighbours in the order of counts,
+// which is found anew for each query block: by one warp, in registers.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/sm90/problem.h"
+#include "cuda/common/macros.cuh"
+#include "cuda/common/ring.cuh"
+
+namespace proxyattn::cuda::sm90 {
+
+// A head and the number of its key blocks.
+struct HeadBlocks {
+  int head;
+  int blocks;
+};
+
+// The two heads of a pair, the one with more blocks first; the second may be missing. Called by a
+// whole warp. `counts` are those of the group's first head, p.num_rows apart, or null: all read
+// `blocks`.
+PROXYATTN_DEVICE void find_pair(
+    const Problem& p, const int32_t* counts, int blocks, int pair, HeadBlocks (&found)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  const int heads = p.pair_group;
+  if (counts != nullptr && lane < heads) {
+    blocks = min(max(counts[static_cast<int64_t>(lane) * p.num_rows], 0), p.list_capacity);
+  }
+  int place = 0;  // of this lane's head, from the most blocks down
+  for (int other = 0; other < heads; ++other) {
+    const int theirs = __shfl_sync(kFullWarp, blocks, other);
+    place += theirs > blocks || (theirs == blocks && other < lane);
+  }
+  PROXYATTN_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const unsigned holders = __ballot_sync(kFullWarp, lane < heads && place == 2 * pair + i);
+    const int head = __ffs(static_cast<int>(holders)) - 1;  // kNoHead if nobody is
+    const int theirs = __shfl_sync(kFullWarp, blocks, max(head, 0));
+    found[i] = {head, head < 0 ? 0 : theirs};
+  }
+}
+
+}  // namespace proxyattn::cuda::sm90
