@@ -304,6 +304,33 @@ def test_kernel_families_agree(cuda, tmp_path):
             torch.testing.assert_close(first, second, atol=2 * unit * first.abs().max(), rtol=0)
 
 
+def documented_bytes(n, q_heads, proxies, head_dim, mode, stride=4, block=128):
+    """What the README says that proxy_attention needs for one prompt beyond its output."""
+    num_blocks = -(-n // block)
+    token = proxies * head_dim * 2
+    row = (12 if mode == "coverage" else 8) * proxies * num_blocks
+    row += 4 * q_heads + block // stride * token
+    rows = min(num_blocks, (512 << 20) // row)
+    spare = 1 << 20  # tiles that pieces end in, and alignment
+    return -(-n // stride) * token + rows * row + (288 << 20) + spare
+
+
+@pytest.mark.parametrize("n", [16_384, 131_072, pytest.param(1_048_576, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_is_what_the_readme_says(cuda, mode, n):
+    q, k, v = (
+        torch.randn(1, n, heads, 128, dtype=torch.bfloat16, device=cuda) for heads in (16, 8, 8)
+    )
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = proxyattn.proxy_attention(q, k, v, gamma=0.5, budget_mode=mode)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    assert peak <= documented_bytes(n, 16, 8, 128, mode)
+    assert peak <= 1.5 * 2**30
+
+
 def test_unknown_family_is_refused(cuda, monkeypatch):
     monkeypatch.setenv("PROXYATTN_FAMILY", "sm12")
     with pytest.raises(ValueError) as error:

@@ -16,10 +16,14 @@
 
 namespace proxyattn {
 
-// Without a cap, scores and lists of this many bytes are held at a time; longer sequences are
-// worked through in pieces. 1 GiB holds 128K tokens, 8 proxy heads and both budget modes whole.
-inline constexpr int64_t kDefaultRowsBytes = int64_t{1} << 30;
+// Without a cap, what grows with the rows worked on at a time (scores, lists, proxies of queries)
+// may take this many bytes; longer sequences are worked through in pieces. 512 MiB holds 256K
+// tokens, 8 proxy heads and both budget modes whole.
+inline constexpr int64_t kDefaultRowsBytes = int64_t{512} << 20;
 inline constexpr int64_t kWorkspaceAlignment = 256;
+// Kernels read queries in whole tiles, up to this many rows behind those that they are asked for.
+// What they make of them is dropped.
+inline constexpr int64_t kSpareQueries = 256;
 
 // True when the settings alone decide that every visible block is chosen.
 inline bool chooses_all_blocks(const PipelineParams& p) {
@@ -46,11 +50,11 @@ class Pipeline {
       Stages::attention(attention_params({0, num_rows}), extra...);
       return;
     }
-    Stages::pool(pool_params(), extra...);
     Stages::budget(budget_params(), extra...);
     // From the end: the last query block sets the shares that coverage asks of all others.
     for (int64_t end = num_rows; end > 0; end -= rows_per_step_) {
       const BlockRange rows{max_of<int64_t>(0, end - rows_per_step_), end};
+      Stages::pool(pool_params(rows), extra...);
       Stages::score(score_params(rows), extra...);
       Stages::select(select_params(rows), extra...);
       Stages::attention(attention_params(rows), extra...);
@@ -80,10 +84,7 @@ class Pipeline {
       check_cap();
       return;
     }
-    const int64_t element = p_.dtype == DType::kFloat32 ? 4 : 2;
-    const int64_t token = p_.proxy_heads * p_.head_dim * element;
-    q_proxy_ = take(p_.batch * ceil_div(p_.q_len, p_.stride) * token);
-    k_proxy_ = take(p_.batch * ceil_div(p_.kv_len, p_.stride) * token);
+    k_proxy_ = take(p_.batch * ceil_div(p_.kv_len, p_.stride) * proxy_bytes());
     budgets_ = take(p_.batch * p_.q_heads * int64_t{sizeof(int32_t)});
     shares_ = take(coverage() ? p_.batch * p_.q_heads * int64_t{sizeof(double)} : 0);
     const int64_t fixed_bytes = total_bytes_;
@@ -99,15 +100,26 @@ class Pipeline {
     check_cap();
   }
 
-  // Scores and lists of one query block, over all batches and heads.
+  // Of all proxy heads of a sampled token.
+  int64_t proxy_bytes() const { return p_.proxy_heads * p_.head_dim * element_bytes(); }
+  int64_t element_bytes() const { return p_.dtype == DType::kFloat32 ? 4 : 2; }
+  int64_t block_queries() const { return p_.q_block / p_.stride; }  // sampled, of a query block
+  // Sampled queries of a step.
+  int64_t step_queries() const {
+    return min_of(ceil_div(p_.q_len, p_.stride), rows_per_step_ * block_queries());
+  }
+
+  // Scores, lists and proxies of one query block, over all batches and heads.
   int64_t row_bytes() const {
     const int64_t lists = p_.batch * p_.proxy_heads * grid_.num_kv_blocks();
-    return lists * int64_t{coverage() ? 12 : 8} + p_.batch * p_.q_heads * int64_t{sizeof(int32_t)};
+    return lists * int64_t{coverage() ? 12 : 8} +
+           p_.batch * (p_.q_heads * int64_t{sizeof(int32_t)} + block_queries() * proxy_bytes());
   }
 
   void place_rows() {
     const int64_t rows = rows_per_step_;
     const int64_t cells = p_.batch * p_.proxy_heads * rows * grid_.num_kv_blocks();
+    q_proxy_ = take((p_.batch * step_queries() + kSpareQueries) * proxy_bytes());
     peak_ = take(cells * int64_t{sizeof(float)});
     mass_ = take(coverage() ? cells * int64_t{sizeof(float)} : 0);
     indices_ = take(cells * int64_t{sizeof(int32_t)});
@@ -125,12 +137,19 @@ class Pipeline {
                     ", got max_workspace_bytes=", p_.max_workspace_bytes);
   }
 
+  // `tokens` counts the sampled ones of a batch entry.
   TokenStrides proxy_strides(int64_t tokens) const {
     const int64_t token = p_.proxy_heads * p_.head_dim;
-    return {ceil_div(tokens, p_.stride) * token, token, p_.head_dim};
+    return {tokens * token, token, p_.head_dim};
+  }
+  // Where the proxy of query 0 would lie if that of `rows`' first query lies where it does.
+  const void* first_query_proxy(const BlockRange& rows) const {
+    const auto address = reinterpret_cast<std::uintptr_t>(at<void>(q_proxy_));
+    const int64_t before = rows.begin * block_queries() * proxy_bytes();
+    return reinterpret_cast<const void*>(address - static_cast<std::uintptr_t>(before));
   }
 
-  PoolParams pool_params() const;
+  PoolParams pool_params(const BlockRange& rows) const;
   ScoreParams score_params(const BlockRange& rows) const;
   BudgetParams budget_params() const;
   SelectParams select_params(const BlockRange& rows) const;
@@ -147,11 +166,13 @@ class Pipeline {
 };
 
 template <typename Stages>
-PoolParams Pipeline<Stages>::pool_params() const {
+PoolParams Pipeline<Stages>::pool_params(const BlockRange& rows) const {
   PoolParams s{};
+  const int64_t first_query = rows.begin * p_.q_block;
   s.batch = p_.batch;
-  s.q_len = p_.q_len;
-  s.kv_len = p_.kv_len;
+  s.q_len = min_of(p_.q_len, rows.end * p_.q_block) - first_query;
+  // Keys once, with the first step, which is that of the last rows.
+  s.kv_len = rows.end == grid_.num_q_blocks() ? p_.kv_len : 0;
   s.q_heads = p_.q_heads;
   s.kv_heads = p_.kv_heads;
   s.proxy_heads = p_.proxy_heads;
@@ -159,9 +180,9 @@ PoolParams Pipeline<Stages>::pool_params() const {
   s.stride = p_.stride;
   s.q_strides = p_.q_strides;
   s.k_strides = p_.k_strides;
-  s.q_proxy_strides = proxy_strides(p_.q_len);
-  s.k_proxy_strides = proxy_strides(p_.kv_len);
-  s.q = p_.q;
+  s.q_proxy_strides = proxy_strides(step_queries());
+  s.k_proxy_strides = proxy_strides(ceil_div(p_.kv_len, p_.stride));
+  s.q = static_cast<const std::byte*>(p_.q) + first_query * p_.q_strides.token * element_bytes();
   s.k = p_.k;
   s.q_proxy = at<void>(q_proxy_);
   s.k_proxy = at<void>(k_proxy_);
@@ -182,9 +203,9 @@ ScoreParams Pipeline<Stages>::score_params(const BlockRange& rows) const {
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
   s.rows = rows;
-  s.q_proxy_strides = proxy_strides(p_.q_len);
-  s.k_proxy_strides = proxy_strides(p_.kv_len);
-  s.q_proxy = at<void>(q_proxy_);
+  s.q_proxy_strides = proxy_strides(step_queries());
+  s.k_proxy_strides = proxy_strides(ceil_div(p_.kv_len, p_.stride));
+  s.q_proxy = first_query_proxy(rows);
   s.k_proxy = at<void>(k_proxy_);
   s.peak = at<float>(peak_);
   s.mass = coverage() ? at<float>(mass_) : nullptr;

@@ -24,6 +24,7 @@ enum class WaitSite : int {
   kProducerQuery,
   kProducerKey,
   kProducerValue,
+  kProducerLoads,
   kConsumerQuery,
   kConsumerKey,
   kConsumerValue,

@@ -22,7 +22,7 @@ template <typename Traits>
 class Producer {
  public:
   PROXYATTN_DEVICE Producer(const Problem& problem, SharedStorage<Traits>& shared, int team)
-      : p_(problem), shared_(shared), team_(team), leader_((threadIdx.x & 31) == 0) {
+      : p_(problem), shared_(shared), team_(team) {
     query_.phase = key_.phase = value_.phase = 1;
   }
 
@@ -31,13 +31,12 @@ class Producer {
     for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.num_tiles;) {
       // Asked for early: the answer travels while this tile's loads are issued.
       int next = 0;
-      if (leader_) next = atomicAdd(p_.next_tile, 1) + num_teams;
+      if (leader()) next = atomicAdd(p_.next_tile, 1) + num_teams;
       load_tile(TilePlace(p_, tile));
       tile = __shfl_sync(kFullWarp, next, 0);
     }
-    ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
-                       ptx::WaitSite::kProducerQuery);
-    if (leader_) {
+    wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kProducerQuery);
+    if (leader()) {
       for (TileInfo& info : shared_.tiles[query_.slot]) info.steps = kNoMoreTiles;
       ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
     }
@@ -45,6 +44,15 @@ class Producer {
 
  private:
   using Parts = TileParts<Traits>;
+
+  static PROXYATTN_DEVICE bool leader() { return (threadIdx.x & 31) == 0; }
+
+  // The whole warp goes on together: a lane left behind could find that the phase it waits for and
+  // the one after it are both over, and would wait for ever.
+  PROXYATTN_DEVICE void wait(uint64_t* barrier, uint32_t phase, ptx::WaitSite site) const {
+    if (leader()) ptx::mbarrier_wait(barrier, phase, site);
+    __syncwarp();
+  }
 
   PROXYATTN_DEVICE void load_tile(const TilePlace& place) {
     BlockWalk walk(p_, place);
@@ -55,18 +63,22 @@ class Producer {
     shared_steps_ = steps_of(heads[1].blocks);
     load_query(place, heads);
     Parts parts, previous;
+    int place_in_list = 0;
     int block = 0;
+    int left = 0;  // key tiles of the block
     for (int step = 0; step < steps; ++step) {
       if constexpr (Traits::kParts == 1) {
         // From the block's end, as the blocks themselves usually come.
-        const int behind = step % p_.tiles_per_block;
-        if (behind == 0) block = walk.block(step / p_.tiles_per_block, blocks);
-        parts[0] = (block + 1) * p_.tiles_per_block - 1 - behind;
+        if (left == 0) {
+          left = p_.tiles_per_block;
+          block = walk.block(place_in_list++, blocks);
+        }
+        parts[0] = block * p_.tiles_per_block + --left;
       } else {
         PROXYATTN_UNROLL
         for (int i = 0; i < Traits::kParts; ++i) {
-          const int place_in_list = step * Traits::kParts + i;
           parts[i] = place_in_list < blocks ? walk.block(place_in_list, blocks) : kNoPart;
+          ++place_in_list;
         }
       }
       load_key(place, step, parts);
@@ -75,6 +87,22 @@ class Producer {
       for (int i = 0; i < Traits::kParts; ++i) previous[i] = parts[i];
     }
     if (steps > 0) load_value(place, steps - 1, previous);
+    if (Traits::kHeads > 1 && steps > shared_steps_) {
+      wait_for_loads(key_, shared_.key_barriers);
+      wait_for_loads(value_, shared_.value_barriers);
+    }
+  }
+
+  // Until what was loaded last has come into every slot. A warpgroup that skipped key tiles waits
+  // for a slot's next tile by the parity of its phase, and would take the one before for it.
+  template <int kStages>
+  PROXYATTN_DEVICE void wait_for_loads(const Ring<kStages>& ring,
+                                       RingBarriers<kStages>& barriers) const {
+    for (int slot = 0; slot < kStages; ++slot) {
+      // In slots that this lap has not reached it was the lap before.
+      const uint32_t phase = slot < ring.slot ? ring.phase ^ 1 : ring.phase;
+      wait(&barriers.full[slot], phase, ptx::WaitSite::kProducerLoads);
+    }
   }
 
   PROXYATTN_DEVICE int steps_of(int blocks) const {
@@ -100,9 +128,8 @@ class Producer {
   // Publishes the tile; its arrival on `full` makes TileInfo visible to the consumers.
   PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     uint64_t* full = &shared_.query_barriers.full[query_.slot];
-    ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
-                       ptx::WaitSite::kProducerQuery);
-    if (leader_) {
+    wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kProducerQuery);
+    if (leader()) {
       const int steps = steps_of(heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {
@@ -134,8 +161,8 @@ class Producer {
   PROXYATTN_DEVICE void load_key(const TilePlace& place, int step, const Parts& parts) {
     uint64_t* full = &shared_.key_barriers.full[key_.slot];
     uint64_t* empty = &shared_.key_barriers.empty[key_.slot];
-    ptx::mbarrier_wait(empty, key_.phase, ptx::WaitSite::kProducerKey);
-    if (leader_) {
+    wait(empty, key_.phase, ptx::WaitSite::kProducerKey);
+    if (leader()) {
       // The arrival below orders these stores before the consumers' reads.
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = parts[i];
@@ -158,8 +185,8 @@ class Producer {
   PROXYATTN_DEVICE void load_value(const TilePlace& place, int step, const Parts& parts) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     uint64_t* empty = &shared_.value_barriers.empty[value_.slot];
-    ptx::mbarrier_wait(empty, value_.phase, ptx::WaitSite::kProducerValue);
-    if (leader_) {
+    wait(empty, value_.phase, ptx::WaitSite::kProducerValue);
+    if (leader()) {
       expect(full, parts);
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
@@ -199,7 +226,6 @@ class Producer {
   const Problem& p_;
   SharedStorage<Traits>& shared_;
   const int team_;
-  const bool leader_;
   int shared_steps_ = 0;  // of the current query tile, that both warpgroups take
   Ring<Traits::kQueryStages> query_;
   Ring<Traits::kKeyStages> key_;
