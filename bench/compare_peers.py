@@ -159,6 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--head-dim", type=int, default=128 if cuda else 64)
     add("--block-sizes", type=integers, default=[128, 64])
     add("--densities", type=numbers, default=[1.0, 0.2, 0.05])
+    add("--read", type=float, help="share of the blocks that end2end reads, instead of its own")
     add("--stride", type=int, default=4)
     args = parser.parse_args(argv)
     args.sections = args.sections.split(",")

@@ -241,7 +241,7 @@ def checked_graph(call: Callable[[], tuple[Tensor, Tensor]]) -> Callable:
 def end_to_end_cases(args: argparse.Namespace) -> Cases:
     return [
         (
-            case_of(shape, density=end_to_end_density(shape)),
+            case_of(shape, density=args.read or end_to_end_density(shape)),
             functools.partial(end_to_end_entries, shape),
         )
         for shape in shapes(args, [8192, 16384, 32768, 131072, 262144])
@@ -271,7 +271,8 @@ def end_to_end_entries(shape: Shape, bench) -> Entries:
 def pipeline_entry(inputs: Inputs, proxies: int, mode: str, bench) -> Entry:
     shape, size = inputs.shape, 128
     num_blocks = -(-shape.length // size)
-    min_budget = size * blocks_for_density(num_blocks, end_to_end_density(shape))
+    density = bench.args.read or end_to_end_density(shape)
+    min_budget = size * blocks_for_density(num_blocks, density)
     settings = {"gamma": 0.0, "min_budget": min_budget}
     estimation = Estimation(inputs, proxies, bench.args.stride, size, mode, **settings)
     chosen = selected_blocks(*estimation.all(), size)
