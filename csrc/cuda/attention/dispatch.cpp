@@ -21,10 +21,7 @@ constexpr const char* kOp = "block_sparse_attention";
 // Kernels number tokens with 32 bits, and look a few tiles past the last.
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() - 1024;
 
-struct Kernel {
-  Family family;
-  int64_t head_dim;
-  DType dtype;
+struct Kernel : KernelKey {
   void (*launch)(const AttentionParams& params, Stream stream);
   bool (*fits)(const AttentionParams& params);                // null: takes every layout
   int64_t (*workspace_bytes)(const AttentionParams& params);  // null: needs none
@@ -32,19 +29,19 @@ struct Kernel {
 
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm80_kernel() {
-  return {kSm80, kHeadDim, kDType, sm80::launch_attention<kHeadDim, kDType>, nullptr, nullptr};
+  return {{kSm80, kHeadDim, kDType}, sm80::launch_attention<kHeadDim, kDType>, nullptr, nullptr};
 }
 
 #ifdef PROXYATTN_HAS_SM90
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm90_kernel() {
-  return {kSm90,      kHeadDim,
-          kDType,     sm90::launch_attention<kHeadDim, kDType>,
-          sm90::fits, sm90::workspace_bytes};
+  return {{kSm90, kHeadDim, kDType},
+          sm90::launch_attention<kHeadDim, kDType>,
+          sm90::fits,
+          sm90::workspace_bytes};
 }
 #endif
 
-// Newest family first: the first row that matches is taken.
 constexpr Kernel kKernels[] = {
 #ifdef PROXYATTN_HAS_SM90
     sm90_kernel<64, DType::kBFloat16>(),  sm90_kernel<64, DType::kFloat16>(),
@@ -55,10 +52,6 @@ constexpr Kernel kKernels[] = {
     sm80_kernel<128, DType::kBFloat16>(), sm80_kernel<128, DType::kFloat16>(),
     sm80_kernel<256, DType::kBFloat16>(), sm80_kernel<256, DType::kFloat16>(),
 };
-
-bool is_built_for(const Kernel& kernel, const AttentionParams& p) {
-  return kernel.head_dim == p.head_dim && kernel.dtype == p.dtype;
-}
 
 // "sm80 (head_dim 64, bfloat16), ..." of the kernels that the device can run.
 std::string describe_kernels(int capability) {
@@ -78,10 +71,7 @@ std::string describe_call(const AttentionParams& p) {
 
 const Kernel& choose_kernel(const AttentionParams& p) {
   const FamilyChoice choice(kOp);
-  for (const Kernel& kernel : kKernels) {
-    if (!choice.allows(kernel.family) || !is_built_for(kernel, p)) continue;
-    if (kernel.fits == nullptr || kernel.fits(p)) return kernel;
-  }
+  if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
   if (choice.forced() != nullptr) choice.refuse(kOp, describe_call(p));
   throw InvalidArgument(join_message(
       kOp, ": head_dim and dtype must be those of a kernel for this device: ",
@@ -117,7 +107,7 @@ int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params) {
   int64_t bytes = 0;
   for (const Kernel& kernel : kKernels) {
     if (kernel.workspace_bytes == nullptr) continue;
-    if (!is_built_for(kernel, params) || !kernel.family.runs_on(choice.capability())) continue;
+    if (!kernel.is_built_for(params) || !kernel.family.runs_on(choice.capability())) continue;
     bytes = max_of(bytes, kernel.workspace_bytes(params));
   }
   return bytes;

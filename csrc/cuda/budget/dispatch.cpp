@@ -15,28 +15,20 @@ namespace proxyattn::cuda {
 namespace {
 
 constexpr const char* kOp = "estimate_budgets";
-constexpr int64_t kAnyHeadDim = 0;
 
-struct Kernel {
-  Family family;
-  int64_t head_dim;  // kAnyHeadDim: with any of them and either type
-  DType dtype;
+struct Kernel : KernelKey {
   void (*launch)(const BudgetParams& params, Stream stream);
   bool (*fits)(const BudgetParams& params);  // null: takes every layout
-
-  bool is_built_for(const BudgetParams& p) const {
-    return head_dim == kAnyHeadDim || (head_dim == p.head_dim && dtype == p.dtype);
-  }
 };
 
 #ifdef PROXYATTN_HAS_SM90
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm90_kernel() {
-  return {kSm90, kHeadDim, kDType, sm90::launch_block_lse<kHeadDim, kDType>, sm90::block_lse_fits};
+  return {
+      {kSm90, kHeadDim, kDType}, sm90::launch_block_lse<kHeadDim, kDType>, sm90::block_lse_fits};
 }
 #endif
 
-// Newest family first: the first row that matches is taken.
 constexpr Kernel kKernels[] = {
 #ifdef PROXYATTN_HAS_SM90
     sm90_kernel<64, DType::kBFloat16>(),
@@ -46,15 +38,12 @@ constexpr Kernel kKernels[] = {
     sm90_kernel<256, DType::kBFloat16>(),
     sm90_kernel<256, DType::kFloat16>(),
 #endif
-    {kSm80, kAnyHeadDim, {}, sm80::launch_block_lse, nullptr},
+    {{kSm80, kAnyHeadDim, {}}, sm80::launch_block_lse, nullptr},
 };
 
 const Kernel& choose_kernel(const BudgetParams& p) {
   const FamilyChoice choice(kOp);
-  for (const Kernel& kernel : kKernels) {
-    if (!choice.allows(kernel.family) || !kernel.is_built_for(p)) continue;
-    if (kernel.fits == nullptr || kernel.fits(p)) return kernel;
-  }
+  if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
   choice.refuse(kOp, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
 }
 

@@ -1,8 +1,11 @@
 // Kernel families: which devices each was built for, and which one a call may use.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <string>
+
+#include "proxyattn/types.h"
 
 namespace proxyattn::cuda {
 
@@ -39,5 +42,32 @@ class FamilyChoice {
   int capability_;
   const char* forced_;
 };
+
+inline constexpr int64_t kAnyHeadDim = 0;
+
+// What a row of an op's table of kernels was built for.
+struct KernelKey {
+  Family family;
+  int64_t head_dim;  // kAnyHeadDim: any of them, and either type
+  DType dtype;
+
+  template <typename Params>
+  bool is_built_for(const Params& p) const {
+    return head_dim == kAnyHeadDim || (head_dim == p.head_dim && dtype == p.dtype);
+  }
+};
+
+// The first row of a table, newest family first, that may run and takes the call's layout; null if
+// there is none. A row's `fits` is null where it takes every layout.
+template <typename Kernel, int kSize, typename Params>
+const Kernel* find_kernel(const Kernel (&table)[kSize],
+                          const FamilyChoice& choice,
+                          const Params& params) {
+  for (const Kernel& kernel : table) {
+    if (!choice.allows(kernel.family) || !kernel.is_built_for(params)) continue;
+    if (kernel.fits == nullptr || kernel.fits(params)) return &kernel;
+  }
+  return nullptr;
+}
 
 }  // namespace proxyattn::cuda

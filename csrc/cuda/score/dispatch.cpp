@@ -14,34 +14,23 @@ namespace proxyattn::cuda {
 namespace {
 
 constexpr const char* kOp = "score_blocks";
-constexpr int64_t kAnyHeadDim = 0;
 
-struct Kernel {
-  Family family;
-  int64_t head_dim;  // kAnyHeadDim: with any of them and either type
-  DType dtype;
+struct Kernel : KernelKey {
   void (*launch)(const ScoreParams& params, Stream stream);
   bool (*fits)(const ScoreParams& params);  // null: takes every layout
   int64_t (*workspace_bytes)(const ScoreParams& params);
-
-  bool is_built_for(const ScoreParams& p) const {
-    return head_dim == kAnyHeadDim || (head_dim == p.head_dim && dtype == p.dtype);
-  }
 };
 
 #ifdef PROXYATTN_HAS_SM90
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm90_kernel() {
-  return {kSm90,
-          kHeadDim,
-          kDType,
+  return {{kSm90, kHeadDim, kDType},
           sm90::launch_score<kHeadDim, kDType>,
           sm90::score_fits,
           sm90::score_workspace_bytes};
 }
 #endif
 
-// Newest family first: the first row that matches is taken.
 constexpr Kernel kKernels[] = {
 #ifdef PROXYATTN_HAS_SM90
     sm90_kernel<64, DType::kBFloat16>(),
@@ -51,15 +40,12 @@ constexpr Kernel kKernels[] = {
     sm90_kernel<256, DType::kBFloat16>(),
     sm90_kernel<256, DType::kFloat16>(),
 #endif
-    {kSm80, kAnyHeadDim, {}, sm80::launch_score, nullptr, sm80::score_workspace_bytes},
+    {{kSm80, kAnyHeadDim, {}}, sm80::launch_score, nullptr, sm80::score_workspace_bytes},
 };
 
 const Kernel& choose_kernel(const ScoreParams& p) {
   const FamilyChoice choice(kOp);
-  for (const Kernel& kernel : kKernels) {
-    if (!choice.allows(kernel.family) || !kernel.is_built_for(p)) continue;
-    if (kernel.fits == nullptr || kernel.fits(p)) return kernel;
-  }
+  if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
   choice.refuse(kOp, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
 }
 

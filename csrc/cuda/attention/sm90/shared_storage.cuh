@@ -1,4 +1,4 @@
-// Shared memory of a thread block: rings of query, key and value tiles, and what the producer says
+// Shared memory of a team: rings of query, key and value tiles, and what the producer says
 // of them.
 #pragma once
 
