@@ -58,6 +58,12 @@ __device__ __forceinline__ uint64_t matrix_descriptor(const void* shared, uint32
          static_cast<uint64_t>(kSwizzleRowGroupBytes / kDescriptorUnit) << 32 | kSwizzle128;
 }
 
+// A descriptor moved by units of 16 bytes. Only the low word moves, which spares the carry.
+__device__ __forceinline__ uint64_t move_descriptor(uint64_t descriptor, uint32_t units) {
+  constexpr uint64_t kHighWord = 0xFFFFFFFFull << 32;
+  return (descriptor & kHighWord) | (static_cast<uint32_t>(descriptor) + units);
+}
+
 // Four 8x8 matrices of 16-bit values to shared memory, one row address per lane.
 __device__ __forceinline__ void stmatrix_x4(
     uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {

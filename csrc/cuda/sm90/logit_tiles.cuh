@@ -47,7 +47,7 @@ PROXYATTN_DEVICE void issue_logits(float (&s)[Traits::kLogits], uint64_t query, 
     const uint32_t inside = logit_step(i % kStepsPerBox * kStepBytes);
     ptx::Wgmma<typename Traits::Element, kLogitKeys>::ss(
         s, query + inside + logit_step(box * Traits::kQueryBoxBytes),
-        key + inside + logit_step(box * Traits::kKeyBoxBytes), i != 0);
+        ptx::move_descriptor(key, inside + logit_step(box * Traits::kKeyBoxBytes)), i != 0);
   }
 }
 
@@ -144,8 +144,9 @@ class LogitStream {
       float s[Traits::kLogits];
       ptx::pin(s);
       ptx::wgmma_fence();
-      issue_logits<Traits>(s, query,
-                           key_descriptor_ + key_.slot * logit_step(Traits::kKeyTileBytes));
+      issue_logits<Traits>(
+          s, query,
+          ptx::move_descriptor(key_descriptor_, key_.slot * logit_step(Traits::kKeyTileBytes)));
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::pin(s);

@@ -18,6 +18,8 @@ namespace proxyattn::cuda::sm90 {
 
 // A thread's share of a row in one tile may sum up to this; far from where fp32 ends.
 inline constexpr float kLargestRowSum = 1.0995116e12f;  // 2^40
+// And one exponential of it to two to the power of this.
+inline constexpr float kLargestExponent = 32.0f;
 
 // -inf to the columns at and behind `limit[row]`. `column` is this thread's first column.
 template <int kLogits>
@@ -70,6 +72,23 @@ struct RowSums {
     sum[1] += tile_sum[1];
   }
 
+  // For a caller that knows the largest of this thread's logits, by row: moves the references of
+  // rows that are out of range first, and then adds the tile, whose logits need not outlive their
+  // exponentials.
+  template <int kBlockKeys, int kLogits>
+  PROXYATTN_DEVICE void add_below(const float (&s)[kLogits],
+                                  const float (&largest)[2],
+                                  float factor) {
+    // A row without reference fails the test, and so does one that has seen nothing yet.
+    const bool fits[2] = {fmaf(largest[0], factor, -reference[0]) < kLargestExponent,
+                          fmaf(largest[1], factor, -reference[1]) < kLargestExponent};
+    if (!__all_sync(kAllLanes, fits[0] && fits[1])) move_references(largest, factor, fits);
+    float tile_sum[2];
+    exponentiate<kBlockKeys>(s, factor, tile_sum, [](int, const auto&) {});
+    sum[0] += tile_sum[0];
+    sum[1] += tile_sum[1];
+  }
+
   // Base-2 log of the row's sum; -inf if it saw nothing. The same in the four lanes of a row.
   PROXYATTN_DEVICE float log2_sum(int row) const {
     const float total = group_sum<kQuadLanes>(sum[row]);
@@ -118,14 +137,24 @@ struct RowSums {
   // The rare step: moves the references of rows that went out of range up to their maximum.
   template <int kLogits>
   PROXYATTN_DEVICE void rebase(const float (&s)[kLogits], float factor, const bool (&fits)[2]) {
+    float largest[2];
     PROXYATTN_UNROLL
     for (int row = 0; row < 2; ++row) {
-      float largest = s[2 * row];
+      largest[row] = s[2 * row];
       PROXYATTN_UNROLL
       for (int i = 0; i < kLogits / 4; ++i) {
-        largest = fmaxf(largest, fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
+        largest[row] = fmaxf(largest[row], fmaxf(s[4 * i + 2 * row], s[4 * i + 2 * row + 1]));
       }
-      largest = group_max<kQuadLanes>(largest);
+    }
+    move_references(largest, factor, fits);
+  }
+
+  PROXYATTN_DEVICE void move_references(const float (&tile_largest)[2],
+                                        float factor,
+                                        const bool (&fits)[2]) {
+    PROXYATTN_UNROLL
+    for (int row = 0; row < 2; ++row) {
+      const float largest = group_max<kQuadLanes>(tile_largest[row]);
       const int stays = group_and<kQuadLanes>(fits[row]);
       const float moved = fmaxf(reference[row], largest * factor);
       // Keys come in rising order, so a row that has seen nothing yet never will in this chunk;

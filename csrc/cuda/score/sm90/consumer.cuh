@@ -49,21 +49,29 @@ class ScoreConsumer {
     }
     const int place = first_place_ + tile * kTileFloats;
     Merged merged;
+    float largest[2] = {kMinusInfinity, kMinusInfinity};
     PROXYATTN_UNROLL
     for (int part = 0; part < Layout::kParts; ++part) {
       typename Layout::Tile::PartValues maxima;
       find_block_maxima<kBlockKeys>(s, part, maxima);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < 2 * Layout::Tile::kPartBlocks; ++i) {
+        largest[i % 2] = fmaxf(largest[i % 2], maxima[i]);
+      }
       merge_quad<Layout::Tile::kPartBlocks>(maxima, merged, RowMaxOp());
       store_values(p_.block_max + place + part * Layout::kPartFloats, merged);
     }
-    // Called again with a part, it overwrites what it stored.
-    sums_.template add<kBlockKeys>(
-        s, p_.factor, [&](int part, const typename Layout::Tile::PartValues& values) {
-          if constexpr (kWithMass) {
+    if constexpr (kWithMass) {
+      // The sums of blocks come last, so waiting for the maxima first would cost more than it
+      // frees. Called again with a part, this overwrites what it stored.
+      sums_.template add<kBlockKeys>(
+          s, p_.factor, [&](int part, const typename Layout::Tile::PartValues& values) {
             merge_quad<Layout::Tile::kPartBlocks>(values, merged, RowSumOp());
             store_block_lse(merged, place + part * Layout::kPartFloats);
-          }
-        });
+          });
+    } else {
+      sums_.template add_below<kBlockKeys>(s, largest, p_.factor);
+    }
   }
 
  private:
