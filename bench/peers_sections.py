@@ -42,6 +42,9 @@ BUDGET_SHARES = (0.5, 0.85, 1.15, 1.5)
 #: Share of the causal blocks that proxy_attention reads end to end; less of a longer prompt.
 END_TO_END_DENSITY = 0.1
 LONG, LONG_DENSITY = 262_144, 0.065
+PIPELINE_BLOCK = 128
+#: Of random inputs every block holds more mass than this leaves out.
+ALMOST_ALL = 0.99999
 LONGEST_NON_CAUSAL = 32768
 
 
@@ -255,25 +258,29 @@ def end_to_end_density(shape: Shape) -> float:
 def end_to_end_entries(shape: Shape, bench) -> Entries:
     """proxy_attention with one and with all proxy heads in both modes, then dense attention.
 
-    With gamma = 0 every budget is one block, so the minimum budget sets how much is read.
+    With gamma = 0 every budget is one block, so the minimum budget sets how much is read. Two more
+    read everything: one because it is told to, one because its budgets come out so.
     """
     inputs = inputs_for(bench, shape)
+    density = bench.args.read or end_to_end_density(shape)
+    blocks = blocks_for_density(-(-shape.length // PIPELINE_BLOCK), density)
+    sparse = {"gamma": 0.0, "min_budget": PIPELINE_BLOCK * blocks}
     entries = {}
     for proxies, mode in itertools.product(sorted({1, shape.kv_heads}), MODES):
-        entry = pipeline_entry(inputs, proxies, mode, bench)
+        entry = pipeline_entry(inputs, proxies, mode, sparse, bench)
         entries[f"{OURS} g={proxies} {mode}"] = entry
+    for name, gamma in (("all blocks", 1.0), ("budgets of all blocks", ALMOST_ALL)):
+        settings = {"gamma": gamma, "min_budget": 0}
+        entry = pipeline_entry(inputs, shape.kv_heads, "last_block", settings, bench)
+        entries[f"{OURS} {name}"] = entry
     exact, flops = ExactRows(inputs), shape.dense_flops(causal=True)
     for who, build in dense_builders(bench.device).items():
         entries[who] = Entry(functools.partial(build, inputs, True), flops, exact)
     return entries
 
 
-def pipeline_entry(inputs: Inputs, proxies: int, mode: str, bench) -> Entry:
-    shape, size = inputs.shape, 128
-    num_blocks = -(-shape.length // size)
-    density = bench.args.read or end_to_end_density(shape)
-    min_budget = size * blocks_for_density(num_blocks, density)
-    settings = {"gamma": 0.0, "min_budget": min_budget}
+def pipeline_entry(inputs: Inputs, proxies: int, mode: str, settings: dict, bench) -> Entry:
+    shape, size = inputs.shape, PIPELINE_BLOCK
     estimation = Estimation(inputs, proxies, bench.args.stride, size, mode, **settings)
     chosen = selected_blocks(*estimation.all(), size)
 
