@@ -3,13 +3,15 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitizer.py
     compute-sanitizer --tool racecheck python tests/sanitizer.py
 
-(and initcheck, synccheck likewise). Without torch's cache every tensor is an allocation of its own,
-so that memcheck sees the first byte that is read or written beside it. It is no test on its own: it
-only looks whether the results are finite.
+(and initcheck, synccheck likewise). An argument such as 2/6 runs the second of six parts, so that
+the slow checkers can work side by side. Without torch's cache every tensor is an allocation of its
+own, so that memcheck sees the first byte that is read or written beside it. It is no test on its
+own: it only looks whether the results are finite.
 """
 
 import itertools
 import os
+import sys
 
 import proxyattn
 import torch
@@ -55,17 +57,16 @@ def run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype):
 def main():
     torch.manual_seed(0)
     shapes = [(1, 1, True), (65, 65, True), (130, 331, True), (200, 77, False)]
-    families = ["", "sm80"]
-    for family in families:
+    cases = list(itertools.product(("", "sm80"), shapes, (64, 128, 256), (64, 128)))
+    part, parts = (int(number) for number in (sys.argv[1] if sys.argv[1:] else "1/1").split("/"))
+    mine = cases[part - 1 :: parts]
+    for family, (q_len, kv_len, causal), head_dim, block_size in mine:
         os.environ["PROXYATTN_FAMILY"] = family
-        for (q_len, kv_len, causal), head_dim, block_size in itertools.product(
-            shapes, (64, 128, 256), (64, 128)
-        ):
-            dtype = torch.float16 if block_size == 64 else torch.bfloat16
-            stride = {64: 1, 128: 4, 256: 8}[head_dim]
-            run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype)
+        dtype = torch.float16 if block_size == 64 else torch.bfloat16
+        stride = {64: 1, 128: 4, 256: 8}[head_dim]
+        run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype)
     torch.cuda.synchronize()
-    print("all ops ran")
+    print(f"all ops ran, {len(mine)} of {len(cases)} cases")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ WARPGROUP_WAIT = "WARPGROUP.DEPBAR"
 # a wait after each end and two in each step.
 ATTENTION_COUNTS = {64: (16, 4), 128: (48, 6), 256: (40, 4)}
 # Where key tiles are gathered from two blocks, another way to end: over half a tile.
-SMALL_BLOCK_COUNTS = {128: (52, 7)}
+SMALL_BLOCK_COUNTS = {**ATTENTION_COUNTS, 128: (52, 7)}
 _ATTENTION = re.compile(r"attention_kernel.*?Li(\d+)E.*?BlockSizesE(\d)E")
 # The same of the score and budget kernels: the logits of one tile, waited for.
 LOGIT_COUNTS = {64: (4, 1), 128: (8, 1), 256: (16, 1)}

@@ -50,10 +50,11 @@ def json_lines(text: str) -> list[dict]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_runs_and_reports(stage, device):
     binary = find_binary(f"bench_{stage}")
-    options = ["--device", device, "--time-limit=0.01", "--json", "--q_heads=4", "--kv_heads=2"]
     axes = run([binary, "--help"]).stdout
-    options = [o for o in options if "heads" not in o or o.split("=")[0] in axes]
-    result = run([binary, *options, *TINY[stage]])
+    heads = ("--q_heads=4", "--kv_heads=2", "--proxy_heads=1,2")
+    heads = [option for option in heads if option.split("=")[0] in axes]
+    options = ["--device", device, "--time-limit=0.01", "--json"]
+    result = run([binary, *options, *heads, *TINY[stage]])
     if device == "cuda" and "build without CUDA" in result.stderr:
         pytest.skip(f"bench_{stage} was built without CUDA")
     assert result.returncode == 0, result.stdout + result.stderr

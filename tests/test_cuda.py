@@ -304,7 +304,7 @@ def test_kernel_families_agree(cuda, tmp_path):
             torch.testing.assert_close(first, second, atol=2 * unit * first.abs().max(), rtol=0)
 
 
-def documented_bytes(n, q_heads, proxies, head_dim, mode, stride=4, block=128):
+def documented_bytes(n, q_heads, proxies, head_dim, mode, stride=4, block=64):
     """What the README says that proxy_attention needs for one prompt beyond its output."""
     num_blocks = -(-n // block)
     token = proxies * head_dim * 2

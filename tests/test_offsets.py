@@ -82,17 +82,34 @@ def test_outputs_beyond_2_31_elements(cuda):
 
 
 @pytest.mark.slow
-def test_a_million_tokens(cuda):
-    """One head, worked through in pieces, against the stages one by one."""
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_a_million_tokens(cuda, block_size, monkeypatch):
+    """Four heads over one of keys, beyond 2^31 elements of their storage, worked through in pieces:
+    against the stages one by one, by the kernels for every device."""
     tokens = 2**20
-    q, k, v = (torch.randn(1, tokens, 1, 64, device=cuda).half() for _ in range(3))
-    settings = (tokens, tokens, 8, 128, True, None)
-    peak, _ = proxyattn.score_blocks(*proxyattn.pool_heads(q, k, 1, 8), *settings)
-    budgets = proxyattn.estimate_budgets(q, k, 0.05)
-    lists = proxyattn.select_blocks(peak, None, budgets, tokens, tokens, min_budget=0)
-    want, want_lse = proxyattn.block_sparse_attention(q, k, v, *lists, return_lse=True)
+    storage = torch.empty(1, tokens, 18, 128, dtype=torch.float16, device=cuda).normal_()
+    q, k, v = storage.split((16, 1, 1), dim=2)
+    q = q[:, :, 12:]
     out, lse = proxyattn.proxy_attention(
-        q, k, v, gamma=0.05, stride=8, min_budget=0, return_lse=True, max_workspace_bytes=2**29
+        q,
+        k,
+        v,
+        gamma=0.05,
+        stride=8,
+        block_size=block_size,
+        min_budget=0,
+        return_lse=True,
+        max_workspace_bytes=2**29,
     )
-    torch.testing.assert_close(out, want, atol=4e-3, rtol=0)
-    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)
+    monkeypatch.setenv("PROXYATTN_FAMILY", "sm80")
+    settings = (tokens, tokens, 8, block_size, True, None)
+    peak, _ = proxyattn.score_blocks(*proxyattn.pool_heads(q, k, 1, 8), *settings)
+    budgets = proxyattn.estimate_budgets(q, k, 0.05, block_size)
+    lists = proxyattn.select_blocks(peak, None, budgets, tokens, tokens, block_size, min_budget=0)
+    want, want_lse = proxyattn.block_sparse_attention(q, k, v, *lists, block_size, return_lse=True)
+    # Lists of neighbouring peaks may differ in their last block between families.
+    same = (out - want).abs().amax(-1) <= 4e-3
+    assert same.float().mean() >= 0.999
+    torch.testing.assert_close(
+        lse[same.transpose(1, 2)], want_lse[same.transpose(1, 2)], atol=1e-4, rtol=0
+    )

@@ -49,7 +49,7 @@ def choose_blocks(
     scale=None,
     gamma=0.95,
     stride=4,
-    block_size=128,
+    block_size=64,
     num_proxy_heads=None,
     budget_mode="last_block",
     **selection,
@@ -66,7 +66,7 @@ def choose_blocks(
     )
 
 
-def attend(q, k, v, indices, counts, *, causal=True, scale=None, block_size=128, **_):
+def attend(q, k, v, indices, counts, *, causal=True, scale=None, block_size=64, **_):
     return proxyattn.block_sparse_attention(
         q, k, v, indices, counts, block_size, causal, scale, return_lse=True
     )
@@ -76,7 +76,7 @@ def assert_attends_to(out, lse, tensors, indices, counts, settings):
     """out and lse are right for these lists, by the reference."""
     q, k, v = (to_numpy(x) for x in tensors)
     causal, scale = settings.get("causal", True), settings.get("scale")
-    block_size = settings.get("block_size", 128)
+    block_size = settings.get("block_size", 64)
     want, want_lse = reference.block_sparse_attention(
         q, k, v, indices.cpu().numpy(), counts.cpu().numpy(), block_size, causal, scale
     )
@@ -317,7 +317,7 @@ def test_batch_entries_are_independent(device):
 
 
 def test_defaults(device):
-    """Those of the algorithm's page."""
+    """Those that the README lists."""
     tensors = random_inputs(device, 3000, 3000, batch=1)
     for mode, min_budget in (("last_block", 2048), ("coverage", 1024)):
         short = proxyattn.proxy_attention(*tensors, budget_mode=mode)
@@ -327,7 +327,7 @@ def test_defaults(device):
             scale=64**-0.5,
             gamma=0.95,
             stride=4,
-            block_size=128,
+            block_size=64,
             num_proxy_heads=2,
             budget_mode=mode,
             min_budget=min_budget,
@@ -349,7 +349,7 @@ def test_return_lse(device):
     assert lse.shape == (2, 4, 300) and lse.dtype == torch.float32
     assert_same_bits(proxyattn.proxy_attention(*tensors), out)
     _, unused = torch.ops.proxyattn.proxy_attention(
-        *tensors, True, None, 0.95, 4, 128, 2, "last_block", 2048, 1, 1, False, None
+        *tensors, True, None, 0.95, 4, 64, 2, "last_block", 2048, 1, 1, False, None
     )
     assert unused.shape == (0,) and unused.dtype == torch.float32
 

@@ -21,6 +21,7 @@ namespace proxyattn {
 // tokens, 8 proxy heads and both budget modes whole.
 inline constexpr int64_t kDefaultRowsBytes = int64_t{512} << 20;
 inline constexpr int64_t kWorkspaceAlignment = 256;
+inline constexpr int64_t kAllBlocksSize = 128;
 // Kernels read queries in whole tiles, up to this many rows behind those that they are asked for.
 // What they make of them is dropped.
 inline constexpr int64_t kSpareQueries = 256;
@@ -37,6 +38,11 @@ class Pipeline {
   explicit Pipeline(const PipelineParams& params)
       : p_(params), grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal} {
     dense_ = chooses_all_blocks(p_);
+    if (dense_) {
+      // Nobody asks for what is in a block: the size that attention is fastest with.
+      p_.q_block = p_.kv_block = kAllBlocksSize;
+      grid_ = {p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal};
+    }
     plan();
   }
 

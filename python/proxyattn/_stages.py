@@ -17,7 +17,7 @@ class Settings:
 
     gamma: float = 0.95
     stride: int = 4
-    block_size: int = 128
+    block_size: int = ops.DEFAULT_BLOCK_SIZE
     num_proxy_heads: int | None = None
     budget_mode: str = "last_block"
     min_budget: int | None = None

@@ -4,7 +4,7 @@
 // 64 query rows each. With query blocks of 128 rows a team works on one block of one head; with
 // blocks of 64 on one block of two heads, whose lists share what they can (pairs.cuh). Keys and
 // values pass in tiles of kKeyRows through the team's rings in shared memory; a tile is part of a
-// key block, a whole one, or gathered from two.
+// key block, a whole one, or gathered from two of half its rows.
 #pragma once
 
 #include <cstdint>
@@ -27,12 +27,11 @@ enum class Overlap {
 // Sizes of the blocks that lists name.
 enum class BlockSizes {
   kLarge,      // 128 query rows; key blocks of whole key tiles
-  kSmall,      // 64 query rows, so that a team works on two heads; key tiles of two blocks
-  kSmallKeys,  // 128 query rows; key tiles of two blocks
+  kSmall,      // 64 query rows, so that a team works on two heads; key blocks of 64
+  kSmallKeys,  // 128 query rows; key blocks of 64, which are less than a key tile
 };
 
-// Kernels for small blocks exist for this head_dim, and take key blocks of half a key tile.
-inline constexpr int kSmallBlockHeadDim = 128;
+inline constexpr int kSmallBlock = 64;
 
 inline constexpr int kMaxPairGroup = 32;  // heads of which a warp finds pairs
 
@@ -59,6 +58,11 @@ constexpr TileConfig tile_config(int head_dim) {
   // idle. Small tiles make room for a second team: 4 % at 8K to 16 % at 32K over one with tiles of
   // 128 keys.
   return {64, 2, 4, 4, Overlap::kNone, 2, 32, 112};
+}
+
+// Key blocks that a key tile is gathered from.
+constexpr int tile_parts(int head_dim, BlockSizes sizes) {
+  return sizes == BlockSizes::kLarge ? 1 : tile_config(head_dim).key_rows / kSmallBlock;
 }
 
 }  // namespace proxyattn::cuda::sm90

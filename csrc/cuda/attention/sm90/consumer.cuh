@@ -124,9 +124,10 @@ class Consumer {
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     mask_and_release_key(s, whole_parts, parts);
+    const bool fits[2] = {false, false};
     float rescale[2];
     state.reset();
-    softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
+    softmax_rebase<Element>(s, state, p_.scale_log2, next, fits, rescale);
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kOutputs; ++i) o[i] = 0.0f;
   }
@@ -156,9 +157,10 @@ class Consumer {
     ptx::pin(s);
     mask_and_release_key(s, whole_parts, parts);
     if constexpr (Traits::kOverlap != Overlap::kOutput) drain_output(o, now);
+    bool fits[2];
     float rescale[2];
-    const bool in_range = softmax_step<Element>(s, state, p_.scale_log2, next);
-    if (!in_range) softmax_rebase<Element>(s, state, p_.scale_log2, next, rescale);
+    const bool in_range = softmax_step<Element>(s, state, p_.scale_log2, next, fits);
+    if (!in_range) softmax_rebase<Element>(s, state, p_.scale_log2, next, fits, rescale);
     if constexpr (Traits::kOverlap == Overlap::kOutput) drain_output(o, now);
     if (!in_range) rescale_output(o, rescale);
   }

@@ -70,13 +70,13 @@ Problem make_problem(const AttentionParams& a) {
 
 template <typename Traits>
 void launch_kernel(const AttentionParams& params, Stream stream) {
-  const Problem problem = make_problem<Traits>(params);
+  Problem problem = make_problem<Traits>(params);
   // Each launch counts its own tiles; a memset is a node of a captured graph like any other.
   PROXYATTN_CUDA_CALL(kOp, cudaMemsetAsync(problem.next_tile, 0, kCounterBytes, stream));
   LaunchShape shape{};
   shape.grid_x = min_of<int64_t>(device_attribute(kOp, cudaDevAttrMultiProcessorCount),
                                  ceil_div(problem.num_tiles, Traits::kTeams));
-  shape.grid_y = shape.grid_z = 1;
+  problem.num_teams = static_cast<int>(shape.grid_x) * Traits::kTeams;
   shape.threads = Traits::kThreads;
   shape.shared_bytes = Traits::kTeams * sizeof(SharedStorage<Traits>);
   launch<attention_kernel<Traits>>(kOp, shape, stream, problem);
@@ -85,11 +85,11 @@ void launch_kernel(const AttentionParams& params, Stream stream) {
 template <int kHeadDim, DType kDType>
 void launch_attention(const AttentionParams& params, Stream stream) {
   if (params.batch == 0 || params.rows.begin == params.rows.end) return;
-  if constexpr (kHeadDim == kSmallBlockHeadDim) {
-    if (params.q_block == kQueryRows / 2) {
-      return launch_kernel<Traits<kHeadDim, kDType, BlockSizes::kSmall>>(params, stream);
-    }
-    if (params.kv_block < tile_config(kHeadDim).key_rows) {
+  if (params.q_block == kSmallBlock) {
+    return launch_kernel<Traits<kHeadDim, kDType, BlockSizes::kSmall>>(params, stream);
+  }
+  if constexpr (tile_parts(kHeadDim, BlockSizes::kSmallKeys) > 1) {
+    if (params.kv_block == kSmallBlock) {
       return launch_kernel<Traits<kHeadDim, kDType, BlockSizes::kSmallKeys>>(params, stream);
     }
   }

@@ -18,8 +18,8 @@ constexpr int64_t kMaxTiles = int64_t{1} << 30;
 bool fits(const AttentionParams& p) {
   const int64_t key_rows = tile_config(static_cast<int>(p.head_dim)).key_rows;
   const bool large = p.q_block == kQueryRows && p.kv_block % key_rows == 0;
-  const bool small = p.head_dim == kSmallBlockHeadDim && p.kv_block == key_rows / 2 &&
-                     (p.q_block == kQueryRows || p.q_block == kQueryRows / 2);
+  const bool small =
+      (p.q_block == kQueryRows || p.q_block == kSmallBlock) && p.kv_block == kSmallBlock;
   const bool tiled = large || small;
   const bool counted = 0 < p.kv_len && p.kv_len <= kMaxTokens && p.q_len <= kMaxTokens &&
                        0 <= p.q_offset && p.q_offset <= kMaxTokens &&

@@ -27,7 +27,8 @@ PROXYATTN_DEVICE void find_pair(
   const int lane = static_cast<int>(threadIdx.x) & 31;
   const int heads = p.pair_group;
   if (counts != nullptr && lane < heads) {
-    blocks = min(max(counts[static_cast<int64_t>(lane) * p.num_rows], 0), p.list_capacity);
+    // Fits 32 bits: lanes are few, and rows no more than tokens.
+    blocks = min(max(counts[lane * p.num_rows], 0), p.list_capacity);
   }
   int place = 0;  // of this lane's head, from the most blocks down
   for (int other = 0; other < heads; ++other) {

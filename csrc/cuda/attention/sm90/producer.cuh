@@ -27,11 +27,10 @@ class Producer {
   }
 
   PROXYATTN_DEVICE void run() {
-    const int num_teams = static_cast<int>(gridDim.x) * Traits::kTeams;
     for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.num_tiles;) {
       // Asked for early: the answer travels while this tile's loads are issued.
       int next = 0;
-      if (leader()) next = atomicAdd(p_.next_tile, 1) + num_teams;
+      if (leader()) next = atomicAdd(p_.next_tile, 1) + p_.num_teams;
       load_tile(TilePlace(p_, tile));
       tile = __shfl_sync(kFullWarp, next, 0);
     }
@@ -66,8 +65,9 @@ class Producer {
     int place_in_list = 0;
     int block = 0;
     int left = 0;  // key tiles of the block
+    PROXYATTN_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
-      if constexpr (Traits::kParts == 1) {
+      if constexpr (Traits::kLargeBlocks) {
         // From the block's end, as the blocks themselves usually come.
         if (left == 0) {
           left = p_.tiles_per_block;
@@ -106,7 +106,7 @@ class Producer {
   }
 
   PROXYATTN_DEVICE int steps_of(int blocks) const {
-    return Traits::kParts == 1 ? blocks * p_.tiles_per_block : ceil_div(blocks, Traits::kParts);
+    return Traits::kLargeBlocks ? blocks * p_.tiles_per_block : ceil_div(blocks, Traits::kParts);
   }
 
   // Whose rows the warpgroups have, and how many key blocks each reads; the first reads no fewer.

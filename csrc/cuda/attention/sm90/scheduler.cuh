@@ -51,8 +51,7 @@ struct TilePlace {
 // down. One warp reads it together, 32 entries at a time.
 class BlockWalk {
  public:
-  PROXYATTN_DEVICE BlockWalk(const Problem& p, const TilePlace& place)
-      : num_kv_blocks_(p.num_kv_blocks), capacity_(p.list_capacity) {
+  PROXYATTN_DEVICE BlockWalk(const Problem& p, const TilePlace& place) : p_(p) {
     if (p.indices == nullptr) return;
     const int local_row = place.row - p.row_begin;
     const int64_t list_head =
@@ -68,19 +67,19 @@ class BlockWalk {
     if (list_ == nullptr) return count - 1 - i;
     if (i > 0 && (i & 31) == 0) ahead_ = load(i);
     const int entry = __shfl_sync(kFullWarp, ahead_, i & 31);
-    return static_cast<unsigned>(entry) < static_cast<unsigned>(num_kv_blocks_) ? entry
-                                                                                : num_kv_blocks_;
+    return static_cast<unsigned>(entry) < static_cast<unsigned>(p_.num_kv_blocks)
+               ? entry
+               : p_.num_kv_blocks;
   }
 
  private:
   PROXYATTN_DEVICE int load(int first) const {
     const int i = first + static_cast<int>(threadIdx.x & 31);
-    return i < capacity_ ? __ldg(list_ + i) : 0;
+    return i < p_.list_capacity ? __ldg(list_ + i) : 0;
   }
 
+  const Problem& p_;
   const int32_t* list_ = nullptr;
-  int num_kv_blocks_;
-  int capacity_;
   int ahead_ = 0;  // lane i holds entry i of the current 32
 };
 

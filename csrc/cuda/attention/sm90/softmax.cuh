@@ -16,6 +16,7 @@ namespace proxyattn::cuda::sm90 {
 // The reference need not be the row's maximum: any value will do that keeps exponentials in range.
 // So it is set by the first tile and moves only when a tile's exponentials grow too large, which
 // real attention all but never does. Steps in between need no maxima, no shuffles and no rescaling.
+// Whether it moves is decided for each row by itself: a row's bits don't depend on its neighbours.
 struct RowState {
   float reference[2];  // scaled; -inf until the row has seen a key
   float sum[2];        // this thread's share of the sum of exponentials
@@ -64,30 +65,33 @@ PROXYATTN_DEVICE void exponentiate(const float (&s)[Scores],
   }
 }
 
-// The common step: the reference stays. Returns, the same for the whole warp, whether all
-// exponentials were in range; if not, nothing has been added and the caller rebases. A row without
-// reference and a NaN both fail the test.
+// The common step: the reference stays. Says of this thread's share of each row whether its
+// exponentials were in range, and returns, the same for the whole warp, whether all were; if not,
+// nothing has been added and the caller rebases. A row without reference and a NaN both fail.
 template <typename Element, int Scores>
 PROXYATTN_DEVICE bool softmax_step(const float (&s)[Scores],
                                    RowState& state,
                                    float scale_log2,
-                                   uint32_t (&p)[Scores / 2]) {
+                                   uint32_t (&p)[Scores / 2],
+                                   bool (&fits)[2]) {
   float tile_sum[2];
   exponentiate<Element>(s, state.reference, scale_log2, p, tile_sum);
-  const bool fits = tile_sum[0] < kLargestTileSum && tile_sum[1] < kLargestTileSum;
-  if (!__all_sync(kFullWarp, fits)) return false;
+  PROXYATTN_UNROLL
+  for (int r = 0; r < 2; ++r) fits[r] = tile_sum[r] < kLargestTileSum;
+  if (!__all_sync(kFullWarp, fits[0] && fits[1])) return false;
   state.sum[0] += tile_sum[0];
   state.sum[1] += tile_sum[1];
   return true;
 }
 
-// The rare step: moves the reference up to the row's maximum. `rescale[row]` is the factor that
-// the output accumulated so far must be multiplied with.
+// The rare step: moves the references of rows that don't fit up to their maximum. `rescale[row]` is
+// the factor that the output accumulated so far must be multiplied with.
 template <typename Element, int Scores>
 PROXYATTN_DEVICE void softmax_rebase(const float (&s)[Scores],
                                      RowState& state,
                                      float scale_log2,
                                      uint32_t (&p)[Scores / 2],
+                                     const bool (&fits)[2],
                                      float (&rescale)[2]) {
   float reference[2];
   PROXYATTN_UNROLL
@@ -99,7 +103,11 @@ PROXYATTN_DEVICE void softmax_rebase(const float (&s)[Scores],
     }
     tile_max = fmaxf(tile_max, __shfl_xor_sync(kFullWarp, tile_max, 1));
     tile_max = fmaxf(tile_max, __shfl_xor_sync(kFullWarp, tile_max, 2));
-    const float moved = fmaxf(state.reference[r], tile_max * scale_log2);
+    int stays = fits[r];  // in all four threads of the row
+    stays &= __shfl_xor_sync(kFullWarp, stays, 1);
+    stays &= __shfl_xor_sync(kFullWarp, stays, 2);
+    const float moved =
+        stays ? state.reference[r] : fmaxf(state.reference[r], tile_max * scale_log2);
     // A row that has still seen nothing keeps -inf; any finite reference makes its exponentials 0.
     reference[r] = softmax_reference(moved, 1.0f);
     rescale[r] = softmax_rescale(state.reference[r], reference[r], 1.0f);

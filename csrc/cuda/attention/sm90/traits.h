@@ -19,9 +19,10 @@ struct Traits {
   static constexpr int kKeyStages = tile_config(HeadDim).key_stages;
   static constexpr int kValueStages = tile_config(HeadDim).value_stages;
   static constexpr int kTeams = tile_config(HeadDim).teams;
-  static constexpr int kBlockRows = kSizes == BlockSizes::kSmall ? kQueryRows / 2 : kQueryRows;
+  static constexpr int kBlockRows = kSizes == BlockSizes::kSmall ? kSmallBlock : kQueryRows;
   static constexpr int kHeads = kQueryRows / kBlockRows;  // of a query tile
-  static constexpr int kParts = kSizes == BlockSizes::kLarge ? 1 : 2;
+  static constexpr bool kLargeBlocks = kSizes == BlockSizes::kLarge;
+  static constexpr int kParts = tile_parts(HeadDim, kSizes);
   static constexpr int kPartRows = kKeyRows / kParts;
   static constexpr int kConsumerGroups = kTeamGroups * kTeams;
   static constexpr int kThreads = 128 * (kConsumerGroups + 1);
