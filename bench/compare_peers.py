@@ -70,6 +70,8 @@ class Bench:
         begin = time.perf_counter()
         results, calls = {}, {}
         for who, entry in entries.items():
+            if who in self.args.without:
+                continue
             results[who] = Result(who, flops=entry.flops, note=entry.note)
             try:
                 call = entry.build()
@@ -129,6 +131,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def integers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
+    def names(text: str) -> list[str]:
+        return text.split(",")
+
     def numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
 
@@ -147,6 +152,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sections", default=",".join(SECTION_SECONDS), help="comma-separated")
     add("--time-limit", type=float, help="seconds for each section, instead of its own")
     add("--rounds", type=int, default=40, help="at most this many for a case")
+    add("--without", type=names, default=[], help="competitors to leave out, such as flex_attention")
     add("--json", metavar="FILE", help="write JSON lines, for compare.py")
     add("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     add("--lengths", type=integers, help="tokens, instead of each section's own")

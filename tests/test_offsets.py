@@ -108,8 +108,7 @@ def test_a_million_tokens(cuda, block_size, monkeypatch):
     lists = proxyattn.select_blocks(peak, None, budgets, tokens, tokens, block_size, min_budget=0)
     want, want_lse = proxyattn.block_sparse_attention(q, k, v, *lists, block_size, return_lse=True)
     # Lists of neighbouring peaks may differ in their last block between families.
-    same = (out - want).abs().amax(-1) <= 4e-3
+    same = (lse - want_lse).abs() <= 1e-4
     assert same.float().mean() >= 0.999
-    torch.testing.assert_close(
-        lse[same.transpose(1, 2)], want_lse[same.transpose(1, 2)], atol=1e-4, rtol=0
-    )
+    same = same.transpose(1, 2)
+    torch.testing.assert_close(out[same], want[same], atol=4e-3, rtol=0)

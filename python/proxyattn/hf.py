@@ -26,7 +26,7 @@ from proxyattn._stages import Settings, run_stages, visible_blocks
 
 #: Prompts with fewer new tokens than this go to SDPA, by device type: from here on sparse prefill
 #: saves time worth having, below it the least budgets leave little out. See bench/RESULTS.md.
-MIN_SEQLEN = {"cpu": 4096, "cuda": 8192}
+MIN_SEQLEN = {"cpu": 4096, "cuda": 4096}
 
 # Arguments that change what attention computes, and that the sparse kernels know nothing of.
 _UNSUPPORTED_ARGUMENTS = ("sliding_window", "position_bias", "output_attentions")
