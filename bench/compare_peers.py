@@ -152,7 +152,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sections", default=",".join(SECTION_SECONDS), help="comma-separated")
     add("--time-limit", type=float, help="seconds for each section, instead of its own")
     add("--rounds", type=int, default=40, help="at most this many for a case")
-    add("--without", type=names, default=[], help="competitors to leave out, such as flex_attention")
+    add(
+        "--without", type=names, default=[], help="competitors to leave out, such as flex_attention"
+    )
     add("--json", metavar="FILE", help="write JSON lines, for compare.py")
     add("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     add("--lengths", type=integers, help="tokens, instead of each section's own")
