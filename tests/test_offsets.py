@@ -85,7 +85,7 @@ def test_outputs_beyond_2_31_elements(cuda):
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_a_million_tokens(cuda, block_size, monkeypatch):
     """Four heads over one of keys, beyond 2^31 elements of their storage, worked through in pieces:
-    against the stages one by one, by the kernels for every device."""
+    against the stages one by one, the last by the kernels for every device."""
     tokens = 2**20
     storage = torch.empty(1, tokens, 18, 128, dtype=torch.float16, device=cuda).normal_()
     q, k, v = storage.split((16, 1, 1), dim=2)
@@ -101,14 +101,11 @@ def test_a_million_tokens(cuda, block_size, monkeypatch):
         return_lse=True,
         max_workspace_bytes=2**29,
     )
-    monkeypatch.setenv("PROXYATTN_FAMILY", "sm80")
     settings = (tokens, tokens, 8, block_size, True, None)
     peak, _ = proxyattn.score_blocks(*proxyattn.pool_heads(q, k, 1, 8), *settings)
     budgets = proxyattn.estimate_budgets(q, k, 0.05, block_size)
     lists = proxyattn.select_blocks(peak, None, budgets, tokens, tokens, block_size, min_budget=0)
+    monkeypatch.setenv("PROXYATTN_FAMILY", "sm80")
     want, want_lse = proxyattn.block_sparse_attention(q, k, v, *lists, block_size, return_lse=True)
-    # Lists of neighbouring peaks may differ in their last block between families.
-    same = (lse - want_lse).abs() <= 1e-4
-    assert same.float().mean() >= 0.999
-    same = same.transpose(1, 2)
-    torch.testing.assert_close(out[same], want[same], atol=4e-3, rtol=0)
+    torch.testing.assert_close(out, want, atol=4e-3, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)

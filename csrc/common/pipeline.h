@@ -17,8 +17,8 @@
 namespace proxyattn {
 
 // Without a cap, what grows with the rows worked on at a time (scores, lists, proxies of queries)
-// may take this many bytes; longer sequences are worked through in pieces. 512 MiB holds 256K
-// tokens, 8 proxy heads and both budget modes whole.
+// may take this many bytes; longer sequences are worked through in pieces. 512 MiB holds 128K
+// tokens in blocks of 64, 256K in blocks of 128, of 8 proxy heads in either budget mode whole.
 inline constexpr int64_t kDefaultRowsBytes = int64_t{512} << 20;
 inline constexpr int64_t kWorkspaceAlignment = 256;
 inline constexpr int64_t kAllBlocksSize = 128;

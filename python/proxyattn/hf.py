@@ -24,8 +24,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from proxyattn._config import supported_configs
 from proxyattn._stages import Settings, run_stages, visible_blocks
 
-#: Prompts with fewer new tokens than this go to SDPA, by device type: from here on sparse prefill
-#: saves time worth having, below it the least budgets leave little out. See bench/RESULTS.md.
+#: Prompts with fewer new tokens than this go to SDPA, by device type: from here on the least
+#: budgets of both modes leave blocks out, and sparse prefill is faster. See bench/RESULTS.md.
 MIN_SEQLEN = {"cpu": 4096, "cuda": 4096}
 
 # Arguments that change what attention computes, and that the sparse kernels know nothing of.

@@ -42,8 +42,8 @@ struct Problem {
   int kv_block;
   int tiles_per_block;  // key tiles in a key block, if they are no smaller
   int causal;           // 0 or 1
-  int num_teams;
-  float scale_log2;  // scale * log2(e): softmax runs on powers of two
+  int num_teams;        // of the launch
+  float scale_log2;     // scale * log2(e): softmax runs on powers of two
 };
 
 }  // namespace proxyattn::cuda::sm90
