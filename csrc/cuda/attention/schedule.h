@@ -56,18 +56,23 @@ struct TileSchedule {
   }
 };
 
+// Key/value heads, of all batch entries, whose keys and values take up to `section_bytes`; at least
+// one.
+inline int64_t kv_pairs_in_section(const AttentionParams& p, int64_t section_bytes) {
+  constexpr int64_t kElementBytes = 2;
+  const int64_t pair_bytes = max_of<int64_t>(1, 2 * p.kv_len * p.head_dim * kElementBytes);
+  return min_of(p.batch * p.kv_heads, max_of<int64_t>(1, section_bytes / pair_bytes));
+}
+
 // `tile_rows` divides q_block; `section_bytes` of keys and values are read at about the same time.
 inline TileSchedule make_schedule(const AttentionParams& p,
                                   int64_t tile_rows,
                                   int64_t section_bytes) {
-  constexpr int64_t kElementBytes = 2;
-  const int64_t pair_bytes = max_of<int64_t>(1, 2 * p.kv_len * p.head_dim * kElementBytes);
   const int64_t kv_pairs = p.batch * p.kv_heads;
-  const int64_t in_section = min_of(kv_pairs, max_of<int64_t>(1, section_bytes / pair_bytes));
   const int64_t tiles_per_block = p.q_block / tile_rows;
   const auto narrow = [](int64_t value) { return static_cast<uint32_t>(value); };
   return {narrow(kv_pairs),
-          narrow(in_section),
+          narrow(kv_pairs_in_section(p, section_bytes)),
           narrow(p.kv_heads),
           narrow(p.q_heads / p.kv_heads),
           narrow((p.rows.end - p.rows.begin) * tiles_per_block),

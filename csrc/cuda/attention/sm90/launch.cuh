@@ -10,6 +10,7 @@
 
 #include "common/block_grid.h"
 #include "cuda/attention/dispatch.h"
+#include "cuda/attention/schedule.h"
 #include "cuda/attention/sm90/kernel.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
@@ -17,6 +18,11 @@
 namespace proxyattn::cuda::sm90 {
 
 inline constexpr const char* kOp = "block_sparse_attention";
+
+// Keys and values that are read at about the same time.
+inline int64_t section_bytes() {
+  return int64_t{device_attribute(kOp, cudaDevAttrL2CacheSize)} / 3 * 2;
+}
 
 // Heads of a kv head that share a list, as far as find_pair can tell them apart.
 inline int pair_group(const AttentionParams& a) {
@@ -53,7 +59,9 @@ Problem make_problem(const AttentionParams& a) {
   p.pair_group = Traits::kHeads == 1 ? 1 : pair_group(a);
   p.group_pairs = ceil_div(p.pair_group, Traits::kHeads);
   p.tiles_per_kv_row = p.heads_per_kv / p.pair_group * p.group_pairs;
-  p.num_tiles = static_cast<int>(a.batch) * p.kv_heads * p.tiles_per_kv_row * p.num_rows;
+  p.num_kv = static_cast<int>(a.batch) * p.kv_heads;
+  p.section_kv = static_cast<int>(kv_pairs_in_section(a, section_bytes()));
+  p.num_tiles = p.num_kv * p.tiles_per_kv_row * p.num_rows;
   p.list_heads = static_cast<int>(a.list_heads);
   p.heads_per_list = static_cast<int>(a.q_heads / a.list_heads);
   p.list_capacity = static_cast<int>(a.list_capacity);

@@ -32,6 +32,8 @@ struct Problem {
   int pair_group;        // heads of a kv head that share a list; 1 if teams work on one head
   int group_pairs;       // query tiles of such a group
   int tiles_per_kv_row;  // query tiles of a kv head and query block
+  int num_kv;            // kv heads of all batch entries
+  int section_kv;        // of them, that the cache holds together
   int list_heads;
   int heads_per_list;
   int list_capacity;

@@ -1,8 +1,9 @@
 // Which query tile a team works on next, and which key tiles that tile visits.
 //
-// Tiles are handed out through one counter, in an order that keeps the reads of neighbouring teams
-// together: key/value head, then query block from the last (the longest when causal)
-// down, then the query heads that share the key/value head.
+// Tiles are handed out through one counter. Key/value heads are taken in sections whose keys and
+// values fit the L2 cache together; in a section come the query blocks from the last (the longest
+// when causal) down, so that the tiles that teams end with are short; of a query block the key/value
+// heads, and of one of those the query heads that share it, side by side.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +23,15 @@ struct TilePlace {
 
   PROXYATTN_DEVICE TilePlace(const Problem& p, int tile) {
     const int tiles_per_kv = p.num_rows * p.tiles_per_kv_row;
-    const int kv = tile / tiles_per_kv;
-    const int rest = tile - kv * tiles_per_kv;
+    const int first_kv = tile / (p.section_kv * tiles_per_kv) * p.section_kv;
+    const int in_section = tile - first_kv * tiles_per_kv;
+    const int tiles_per_row = min(p.section_kv, p.num_kv - first_kv) * p.tiles_per_kv_row;
+    const int in_row = in_section % tiles_per_row;
+    row = p.row_begin + p.num_rows - 1 - in_section / tiles_per_row;
+    const int kv = first_kv + in_row / p.tiles_per_kv_row;
+    const int place = in_row % p.tiles_per_kv_row;
     batch = kv / p.kv_heads;
     kv_head = kv - batch * p.kv_heads;
-    row = p.row_begin + p.num_rows - 1 - rest / p.tiles_per_kv_row;
-    const int place = rest % p.tiles_per_kv_row;
     pair = place % p.group_pairs;
     head = kv_head * p.heads_per_kv + place / p.group_pairs * p.pair_group;
   }
