@@ -47,8 +47,10 @@ class Consumer {
       if (tile.steps > 0) {
         attend(tile);
       } else if (tile.head != kNoHead) {
+        release_stored();
         store_nothing(p_, shared_, tile, place_, query_.slot);
       } else {
+        release_stored();
         release_slot(&shared_.query_barriers.empty[query_.slot]);
       }
       key_.skip(tile.skip);
@@ -104,6 +106,17 @@ class Consumer {
     stage_output<Traits>(shared_.query[query_.slot], o, place_);
     store_lse(p_, tile, place_, state);
     store_output(p_, shared_, tile, place_, query_.slot);
+    stored_ = &shared_.query_barriers.empty[query_.slot];
+    // With a single slot the producer waits for it.
+    if constexpr (Traits::kQueryStages == 1) release_stored();
+  }
+
+  // Gives back the query slot that the last store read from. It has other slots to go before it is
+  // wanted, so this can wait until there is a product to run beside.
+  PROXYATTN_DEVICE void release_stored() {
+    if (stored_ == nullptr) return;
+    finish_store(place_, stored_);
+    stored_ = nullptr;
   }
 
   // Scores of the first tile alone, which set the rows' references. Of a cut tile only the first
@@ -121,6 +134,7 @@ class Consumer {
     ptx::wgmma_fence();
     issue_scores<Traits>(s, query, key());
     ptx::wgmma_commit();
+    release_stored();
     ptx::wgmma_wait<0>();
     ptx::pin(s);
     mask_and_release_key(s, whole_parts, parts);
@@ -245,6 +259,7 @@ class Consumer {
   uint64_t query_descriptor_;
   uint64_t key_descriptor_;
   uint64_t value_descriptor_;
+  uint64_t* stored_ = nullptr;  // barrier of a slot whose store may still be reading it
   Ring<Traits::kQueryStages> query_;
   Ring<Traits::kKeyStages> key_;
   Ring<Traits::kValueStages> value_;

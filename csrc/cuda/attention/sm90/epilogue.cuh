@@ -78,7 +78,7 @@ PROXYATTN_DEVICE void stage_output(uint8_t* query_tile,
   }
 }
 
-// Stores the warpgroup's rows and gives the query slot back.
+// Starts the store of the warpgroup's rows. The query slot goes back in finish_store.
 template <typename Traits>
 PROXYATTN_DEVICE void store_output(const Problem& p,
                                    SharedStorage<Traits>& shared,
@@ -96,10 +96,14 @@ PROXYATTN_DEVICE void store_output(const Problem& p,
                      tile.head, tile.batch);
     }
     ptx::tma_store_commit();
-    // The slot goes back when the copy engine has read it; the other warps have no say in that.
-    ptx::tma_store_wait_read();
   }
-  release_slot(&shared.query_barriers.empty[slot]);
+}
+
+// Gives back the slot that rows were stored from, once the copy engine has read it: one thread
+// knows, the other warps have no say in that.
+PROXYATTN_DEVICE void finish_store(const GroupPlace& place, uint64_t* empty) {
+  if (place.thread == 0) ptx::tma_store_wait_read();
+  release_slot(empty);
 }
 
 // A tile without blocks: zeros and -inf, two threads a row. Then the slot goes back.
