@@ -305,6 +305,7 @@ AttentionParams Pipeline<Stages>::attention_params(const BlockRange& rows) const
   s.workspace_bytes = stage_bytes();
   s.scale = p_.scale;
   s.causal = p_.causal;
+  s.lists_are_rankings = !dense_;
   s.dtype = p_.dtype;
   return s;
 }

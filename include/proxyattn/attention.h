@@ -39,6 +39,9 @@ struct AttentionParams {
   int64_t workspace_bytes;
   float scale;
   bool causal;
+  // Each list names the blocks that are visible, each once: a head that reads as many as there are
+  // may do so in any order.
+  bool lists_are_rankings;
   DType dtype;
 };
 

@@ -25,6 +25,8 @@ enum class WaitSite : int {
   kProducerKey,
   kProducerValue,
   kProducerLoads,
+  kProducerOrder,
+  kScoutOrder,
   kConsumerQuery,
   kConsumerKey,
   kConsumerValue,

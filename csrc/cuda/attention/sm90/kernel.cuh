@@ -4,14 +4,15 @@
 //
 // Shapes: see problem.h. Grid: a persistent thread block per multiprocessor; its teams work on
 // query tiles of their own. The first warpgroups compute, two of a team, 64 query rows each
-// (consumer.cuh); in the last one a warp of each team loads (producer.cuh). Shared memory: a team's
-// query, key and value rings (shared_storage.cuh), up to 226 KB in all. Which block sizes and
-// tensors it takes layout.cpp says.
+// (consumer.cuh); in the last one a warp of each team loads (producer.cuh) what another has found
+// for it to load (scout.cuh). Shared memory: a team's query, key and value rings
+// (shared_storage.cuh), up to 226 KB in all. Which block sizes and tensors it takes layout.cpp says.
 #pragma once
 
 #include "cuda/attention/sm90/consumer.cuh"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/producer.cuh"
+#include "cuda/attention/sm90/scout.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       storage[team].query_barriers.init(kConsumerWarps);
       storage[team].key_barriers.init(kConsumerWarps);
       storage[team].value_barriers.init(kConsumerWarps);
+      storage[team].order_barriers.init(1);
     }
     ptx::mbarrier_init_fence();
   }
@@ -44,8 +46,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (warpgroup == Traits::kConsumerGroups) {
     ptx::give_back_registers<Traits::kProducerRegisters>();
-    const int team = warp % 4;
-    if (team < Traits::kTeams) Producer<Traits>(problem, storage[team], team).run();
+    const int team = warp % Traits::kTeams;
+    const int role = warp % 4 / Traits::kTeams;
+    if (role == 0) Producer<Traits>(problem, storage[team]).run();
+    if (role == 1) Scout<Traits>(problem, storage[team], team).run();
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();
     Consumer<Traits>(problem, storage[warpgroup / 2], warpgroup).run();

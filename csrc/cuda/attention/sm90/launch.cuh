@@ -72,6 +72,7 @@ Problem make_problem(const AttentionParams& a) {
   p.kv_block = static_cast<int>(a.kv_block);
   p.tiles_per_block = max_of(1, static_cast<int>(a.kv_block) / Traits::kKeyRows);
   p.causal = a.causal ? 1 : 0;
+  p.rankings = a.indices != nullptr && a.lists_are_rankings ? 1 : 0;
   p.scale_log2 = a.scale * kLog2E;
   return p;
 }

@@ -8,28 +8,17 @@
 #include <cstdint>
 
 #include "cuda/attention/sm90/problem.h"
+#include "cuda/attention/sm90/tile_order.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/ring.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
-// A head and the number of its key blocks.
-struct HeadBlocks {
-  int head;
-  int blocks;
-};
-
 // The two heads of a pair, the one with more blocks first; the second may be missing. Called by a
-// whole warp. `counts` are those of the group's first head, p.num_rows apart, or null: all read
-// `blocks`.
-PROXYATTN_DEVICE void find_pair(
-    const Problem& p, const int32_t* counts, int blocks, int pair, HeadBlocks (&found)[2]) {
-  const int lane = static_cast<int>(threadIdx.x) & 31;
+// whole warp, in which lane i knows how many blocks head i of the group reads.
+PROXYATTN_DEVICE void find_pair(const Problem& p, int blocks, int pair, HeadBlocks (&found)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int heads = p.pair_group;
-  if (counts != nullptr && lane < heads) {
-    // Fits 32 bits: lanes are few, and rows no more than tokens.
-    blocks = min(max(counts[lane * p.num_rows], 0), p.list_capacity);
-  }
   int place = 0;  // of this lane's head, from the most blocks down
   for (int other = 0; other < heads; ++other) {
     const int theirs = __shfl_sync(kFullWarp, blocks, other);

@@ -44,6 +44,7 @@ struct Problem {
   int kv_block;
   int tiles_per_block;  // key tiles in a key block, if they are no smaller
   int causal;           // 0 or 1
+  int rankings;         // 1: lists name the visible blocks, each once
   int num_teams;        // of the launch
   float scale_log2;     // scale * log2(e): softmax runs on powers of two
 };

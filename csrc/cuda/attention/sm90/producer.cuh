@@ -1,4 +1,5 @@
-// The producer warp: takes query tiles, loads them and the key and value tiles of their lists.
+// The producer warp: loads the query tiles that its scout found and the key and value tiles of their
+// lists.
 //
 // Order of loads in a tile: Q, K0, K1, V0, K2, V1, ..., so that the keys of the next step are there
 // when the values of this one are wanted. The whole warp walks the list; lane 0 talks to barriers
@@ -8,9 +9,7 @@
 #include <cstdint>
 
 #include "common/math.h"
-#include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/problem.h"
-#include "cuda/attention/sm90/scheduler.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -21,18 +20,13 @@ namespace proxyattn::cuda::sm90 {
 template <typename Traits>
 class Producer {
  public:
-  PROXYATTN_DEVICE Producer(const Problem& problem, SharedStorage<Traits>& shared, int team)
-      : p_(problem), shared_(shared), team_(team) {
+  PROXYATTN_DEVICE Producer(const Problem& problem, SharedStorage<Traits>& shared)
+      : p_(problem), shared_(shared) {
     query_.phase = key_.phase = value_.phase = 1;
   }
 
   PROXYATTN_DEVICE void run() {
-    for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.num_tiles;) {
-      // Asked for early: the answer travels while this tile's loads are issued.
-      int next = 0;
-      if (leader()) next = atomicAdd(p_.next_tile, 1) + p_.num_teams;
-      load_tile(TilePlace(p_, tile));
-      tile = __shfl_sync(kFullWarp, next, 0);
+    while (load_tile()) {
     }
     wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kProducerQuery);
     if (leader()) {
@@ -44,6 +38,13 @@ class Producer {
  private:
   using Parts = TileParts<Traits>;
 
+  // Of a query tile.
+  struct Place {
+    int row;  // query block
+    int batch;
+    int kv_head;
+  };
+
   static PROXYATTN_DEVICE bool leader() { return (threadIdx.x & 31) == 0; }
 
   // The whole warp goes on together: a lane left behind could find that the phase it waits for and
@@ -53,10 +54,16 @@ class Producer {
     __syncwarp();
   }
 
-  PROXYATTN_DEVICE void load_tile(const TilePlace& place) {
-    BlockWalk walk(p_, place);
-    HeadBlocks heads[2];
-    find_heads(place, heads);
+  // False if there is no tile any more.
+  PROXYATTN_DEVICE bool load_tile() {
+    wait(&shared_.order_barriers.full[0], order_.phase, ptx::WaitSite::kProducerOrder);
+    const TileOrder& order = shared_.order;
+    const Place place{order.row, order.batch, order.kv_head};
+    if (place.row == kNoMoreRows) return false;
+    BlockWalk walk(p_, order);
+    const HeadBlocks heads[2] = {order.heads[0], order.heads[1]};
+    release_slot(&shared_.order_barriers.empty[0]);
+    order_.next();
     const int blocks = heads[0].blocks;
     const int steps = steps_of(blocks);
     shared_steps_ = steps_of(heads[1].blocks);
@@ -91,6 +98,7 @@ class Producer {
       wait_for_loads(key_, shared_.key_barriers);
       wait_for_loads(value_, shared_.value_barriers);
     }
+    return true;
   }
 
   // Until what was loaded last has come into every slot. A warpgroup that skipped key tiles waits
@@ -109,24 +117,8 @@ class Producer {
     return Traits::kLargeBlocks ? blocks * p_.tiles_per_block : ceil_div(blocks, Traits::kParts);
   }
 
-  // Whose rows the warpgroups have, and how many key blocks each reads; the first reads no fewer.
-  PROXYATTN_DEVICE void find_heads(const TilePlace& place, HeadBlocks (&heads)[2]) const {
-    const int32_t* counts = place.counts(p_);
-    const int visible = place.visible_blocks(p_, Traits::kBlockRows);
-    if constexpr (Traits::kHeads == 1) {
-      const int blocks = counts == nullptr ? visible : min(max(*counts, 0), p_.list_capacity);
-      heads[0] = heads[1] = {place.head, blocks};
-    } else {
-      find_pair(p_, counts, visible, place.pair, heads);
-      PROXYATTN_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        if (heads[i].head != kNoHead) heads[i].head += place.head;
-      }
-    }
-  }
-
   // Publishes the tile; its arrival on `full` makes TileInfo visible to the consumers.
-  PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
+  PROXYATTN_DEVICE void load_query(const Place& place, const HeadBlocks (&heads)[2]) {
     uint64_t* full = &shared_.query_barriers.full[query_.slot];
     wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kProducerQuery);
     if (leader()) {
@@ -158,7 +150,7 @@ class Producer {
     query_.next();
   }
 
-  PROXYATTN_DEVICE void load_key(const TilePlace& place, int step, const Parts& parts) {
+  PROXYATTN_DEVICE void load_key(const Place& place, int step, const Parts& parts) {
     uint64_t* full = &shared_.key_barriers.full[key_.slot];
     uint64_t* empty = &shared_.key_barriers.empty[key_.slot];
     wait(empty, key_.phase, ptx::WaitSite::kProducerKey);
@@ -182,7 +174,7 @@ class Producer {
     key_.next();
   }
 
-  PROXYATTN_DEVICE void load_value(const TilePlace& place, int step, const Parts& parts) {
+  PROXYATTN_DEVICE void load_value(const Place& place, int step, const Parts& parts) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     uint64_t* empty = &shared_.value_barriers.empty[value_.slot];
     wait(empty, value_.phase, ptx::WaitSite::kProducerValue);
@@ -216,7 +208,7 @@ class Producer {
   PROXYATTN_DEVICE void load_rows(uint8_t* shared,
                                   const CUtensorMap* map,
                                   uint64_t* full,
-                                  const TilePlace& place,
+                                  const Place& place,
                                   int part,
                                   int box) {
     ptx::tma_load(shared, map, full, 0, part * Traits::kPartRows, box, place.kv_head, place.batch,
@@ -225,8 +217,8 @@ class Producer {
 
   const Problem& p_;
   SharedStorage<Traits>& shared_;
-  const int team_;
   int shared_steps_ = 0;  // of the current query tile, that both warpgroups take
+  Ring<1> order_;
   Ring<Traits::kQueryStages> query_;
   Ring<Traits::kKeyStages> key_;
   Ring<Traits::kValueStages> value_;

@@ -1,4 +1,4 @@
-// Which query tile a team works on next, and which key tiles that tile visits.
+// Which query tile a number stands for.
 //
 // Tiles are handed out through one counter. Key/value heads are taken in sections whose keys and
 // values fit the L2 cache together; in a section come the query blocks from the last (the longest
@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "cuda/attention/sm90/problem.h"
-#include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/common/macros.cuh"
 
 namespace proxyattn::cuda::sm90 {
@@ -36,11 +35,16 @@ struct TilePlace {
     head = kv_head * p.heads_per_kv + place / p.group_pairs * p.pair_group;
   }
 
-  // The counts of the query block, num_rows apart from head to head; null without lists.
+  // The counts of the query block, num_rows apart from head to head.
   PROXYATTN_DEVICE const int32_t* counts(const Problem& p) const {
-    if (p.counts == nullptr) return nullptr;
     return p.counts + (static_cast<int64_t>(batch) * p.q_heads + head) * p.num_rows + row -
            p.row_begin;
+  }
+
+  // The list of the query block.
+  PROXYATTN_DEVICE const int32_t* list(const Problem& p) const {
+    const int64_t list_head = static_cast<int64_t>(batch) * p.list_heads + head / p.heads_per_list;
+    return p.indices + (list_head * p.num_rows + row - p.row_begin) * p.list_capacity;
   }
 
   // Key blocks that any row of the query block sees.
@@ -49,42 +53,6 @@ struct TilePlace {
     const int last_position = p.q_offset + min((row + 1) * block_rows, p.q_len) - 1;
     return min(last_position / p.kv_block + 1, p.num_kv_blocks);
   }
-};
-
-// The key blocks of one query tile: a list in global memory, or all visible blocks from the last
-// down. One warp reads it together, 32 entries at a time.
-class BlockWalk {
- public:
-  PROXYATTN_DEVICE BlockWalk(const Problem& p, const TilePlace& place) : p_(p) {
-    if (p.indices == nullptr) return;
-    const int local_row = place.row - p.row_begin;
-    const int64_t list_head =
-        static_cast<int64_t>(place.batch) * p.list_heads + place.head / p.heads_per_list;
-    list_ = p.indices + (list_head * p.num_rows + local_row) * p.list_capacity;
-    ahead_ = load(0);
-  }
-
-  // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
-  // that names no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is
-  // masked.
-  PROXYATTN_DEVICE int block(int i, int count) {
-    if (list_ == nullptr) return count - 1 - i;
-    if (i > 0 && (i & 31) == 0) ahead_ = load(i);
-    const int entry = __shfl_sync(kFullWarp, ahead_, i & 31);
-    return static_cast<unsigned>(entry) < static_cast<unsigned>(p_.num_kv_blocks)
-               ? entry
-               : p_.num_kv_blocks;
-  }
-
- private:
-  PROXYATTN_DEVICE int load(int first) const {
-    const int i = first + static_cast<int>(threadIdx.x & 31);
-    return i < p_.list_capacity ? __ldg(list_ + i) : 0;
-  }
-
-  const Problem& p_;
-  const int32_t* list_ = nullptr;
-  int ahead_ = 0;  // lane i holds entry i of the current 32
 };
 
 }  // namespace proxyattn::cuda::sm90

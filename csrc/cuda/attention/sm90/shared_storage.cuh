@@ -1,9 +1,10 @@
-// Shared memory of a team: rings of query, key and value tiles, and what the producer says
-// of them.
+// Shared memory of a team: rings of query, key and value tiles, what the producer says of them, and
+// what the scout says to the producer.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/attention/sm90/tile_order.cuh"
 #include "cuda/attention/sm90/traits.h"
 #include "cuda/common/ring.cuh"
 
@@ -19,7 +20,6 @@ struct TileInfo {
   int skip;   // key tiles behind those that only the other head visits
 };
 inline constexpr int kNoMoreTiles = -1;
-inline constexpr int kNoHead = -1;
 
 template <typename Traits>
 PROXYATTN_DEVICE TileInfo read_tile_info(const TileInfo& info) {
@@ -44,6 +44,8 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kQueryStages> query_barriers;
   RingBarriers<Traits::kKeyStages> key_barriers;
   RingBarriers<Traits::kValueStages> value_barriers;
+  RingBarriers<1> order_barriers;
+  TileOrder order;
   TileInfo tiles[Traits::kQueryStages][kTeamGroups];
   TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds
 };

@@ -1,0 +1,61 @@
+// What a team's scout tells its producer about the next query tile, and how that walks its blocks.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/attention/sm90/problem.h"
+#include "cuda/common/macros.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/ring.cuh"
+
+namespace proxyattn::cuda::sm90 {
+
+// A query head and the number of its key blocks.
+struct HeadBlocks {
+  int head;
+  int blocks;
+};
+inline constexpr int kNoHead = -1;
+inline constexpr int kNoMoreRows = -1;
+
+struct TileOrder {
+  int row;  // query block; kNoMoreRows: leave
+  int batch;
+  int kv_head;
+  HeadBlocks heads[2];   // of the two warpgroups; the first reads no fewer blocks
+  const int32_t* list;   // null: all visible blocks, the first head's number of them
+  int32_t entries[kWarpLanes];  // the list's first
+};
+
+// The key blocks of one query tile: a list in global memory, or all visible blocks from the last
+// down. One warp reads it together, 32 entries at a time.
+class BlockWalk {
+ public:
+  PROXYATTN_DEVICE BlockWalk(const Problem& p, const TileOrder& order)
+      : p_(p), list_(order.list), ahead_(order.entries[lane()]) {}
+
+  // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
+  // that names no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is
+  // masked.
+  PROXYATTN_DEVICE int block(int i, int count) {
+    if (list_ == nullptr) return count - 1 - i;
+    if (i > 0 && i % kWarpLanes == 0) ahead_ = load_entry(p_, list_, i + lane());
+    const int entry = __shfl_sync(kFullWarp, ahead_, i % kWarpLanes);
+    return static_cast<unsigned>(entry) < static_cast<unsigned>(p_.num_kv_blocks)
+               ? entry
+               : p_.num_kv_blocks;
+  }
+
+  static PROXYATTN_DEVICE int load_entry(const Problem& p, const int32_t* list, int i) {
+    return i < p.list_capacity ? __ldg(list + i) : 0;
+  }
+
+ private:
+  static PROXYATTN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
+
+  const Problem& p_;
+  const int32_t* list_;
+  int ahead_;  // lane i holds entry i of the current 32
+};
+
+}  // namespace proxyattn::cuda::sm90
