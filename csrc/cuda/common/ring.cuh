@@ -53,13 +53,6 @@ struct Ring {
       phase ^= 1;
     }
   }
-
-  // Past slots that somebody else gives back.
-  PROXYATTN_DEVICE void skip(int slots) {
-    const int laps = (slot + slots) / Stages;
-    slot += slots - laps * Stages;
-    phase ^= laps & 1;
-  }
 };
 
 }  // namespace proxyattn::cuda

@@ -24,8 +24,8 @@ enum class WaitSite : int {
   kProducerQuery,
   kProducerKey,
   kProducerValue,
-  kProducerLoads,
   kProducerOrder,
+  kScoutQuery,
   kScoutOrder,
   kConsumerQuery,
   kConsumerKey,
@@ -41,14 +41,6 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, uint32_t arriva
 // Makes the inits visible to the copy engine.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-// As if `count` threads arrived.
-__device__ __forceinline__ void mbarrier_arrive_many(uint64_t* barrier, uint32_t count) {
-  jitter();
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(count)
-               : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {

@@ -53,8 +53,7 @@ class Consumer {
         release_stored();
         release_slot(&shared_.query_barriers.empty[query_.slot]);
       }
-      key_.skip(tile.skip);
-      value_.skip(tile.skip);
+      skip_keys(tile.skip);
       query_.next();
     }
     // Shared memory must outlive the copy engine's reads, and stores must land before exit.
@@ -107,12 +106,25 @@ class Consumer {
     store_lse(p_, tile, place_, state);
     store_output(p_, shared_, tile, place_, query_.slot);
     stored_ = &shared_.query_barriers.empty[query_.slot];
-    // With a single slot the producer waits for it.
+    // With a single slot the scout waits for it.
     if constexpr (Traits::kQueryStages == 1) release_stored();
   }
 
-  // Gives back the query slot that the last store read from. It has other slots to go before it is
-  // wanted, so this can wait until there is a product to run beside.
+  // Past key tiles that only the other warpgroup reads.
+  PROXYATTN_DEVICE void skip_keys(int tiles) {
+    if constexpr (Traits::kHeads > 1) {
+      PROXYATTN_NO_UNROLL
+      for (int i = 0; i < tiles; ++i) {
+        wait_key();
+        release_key();
+        wait_value();
+        release_value();
+      }
+    }
+  }
+
+  // Gives back the query slot that the last store read from. Where there is another, this can wait
+  // until there is a product to run beside.
   PROXYATTN_DEVICE void release_stored() {
     if (stored_ == nullptr) return;
     finish_store(place_, stored_);
@@ -220,9 +232,16 @@ class Consumer {
     return value_descriptor_ + value_.slot * descriptor_step(Traits::kKeyTileBytes);
   }
 
-  PROXYATTN_DEVICE void wait_key(TileParts<Traits>& parts, bool cut) {
+  PROXYATTN_DEVICE void wait_key() {
     ptx::mbarrier_wait(&shared_.key_barriers.full[key_.slot], key_.phase,
                        ptx::WaitSite::kConsumerKey);
+  }
+  PROXYATTN_DEVICE void release_key() {
+    release_slot(&shared_.key_barriers.empty[key_.slot]);
+    key_.next();
+  }
+  PROXYATTN_DEVICE void wait_key(TileParts<Traits>& parts, bool cut) {
+    wait_key();
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kParts; ++i) {
       parts[i] = read_beside(shared_.key_parts[key_.slot][i]);
@@ -238,8 +257,7 @@ class Consumer {
   PROXYATTN_DEVICE void mask_and_release_key(Scores& s,
                                              int whole_parts,
                                              const TileParts<Traits>& parts) {
-    release_slot(&shared_.key_barriers.empty[key_.slot]);
-    key_.next();
+    release_key();
     mask_part<0>(s, whole_parts, parts[0]);
     if constexpr (Traits::kParts > 1) mask_part<1>(s, whole_parts, parts[1]);
   }

@@ -8,11 +8,18 @@
 #include <cstdint>
 
 #include "cuda/attention/sm90/problem.h"
-#include "cuda/attention/sm90/tile_order.cuh"
 #include "cuda/common/macros.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/common/ring.cuh"
 
 namespace proxyattn::cuda::sm90 {
+
+// A query head and the number of its key blocks.
+struct HeadBlocks {
+  int head;
+  int blocks;
+};
+inline constexpr int kNoHead = -1;
 
 // The two heads of a pair, the one with more blocks first; the second may be missing. Called by a
 // whole warp, in which lane i knows how many blocks head i of the group reads.

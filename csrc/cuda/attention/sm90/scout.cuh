@@ -1,15 +1,20 @@
-// The scout warp of a team: takes query tiles and finds out what their lists say, a tile ahead of
-// the producer, which would otherwise wait for global memory three times before it can load.
+// The scout warp of a team: takes query tiles, finds out what is to be read for them, loads the
+// queries and has the producer load the keys.
+//
+// It works a tile ahead. The producer alone would wait for global memory three times, for the
+// number of a tile, for its counts and list and for its queries, before anybody could begin.
 #pragma once
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/scheduler.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
@@ -18,42 +23,34 @@ class Scout {
  public:
   PROXYATTN_DEVICE Scout(const Problem& problem, SharedStorage<Traits>& shared, int team)
       : p_(problem), shared_(shared), team_(team) {
-    order_.phase = 1;
+    order_.phase = query_.phase = 1;
   }
 
   PROXYATTN_DEVICE void run() {
     for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.num_tiles;) {
-      give_order(TilePlace(p_, tile));
+      const TilePlace place(p_, tile);
+      HeadBlocks heads[2];
+      give_order(place, heads);
+      load_query(place, heads);
       // Taken when the producer has begun with the one before: who takes tiles early ends late.
-      wait_for_producer();
+      wait(&shared_.order_barriers.empty[0], order_.phase, ptx::WaitSite::kScoutOrder);
       int next = 0;
       if (leader()) next = atomicAdd(p_.next_tile, 1) + p_.num_teams;
       tile = __shfl_sync(kFullWarp, next, 0);
     }
-    if (leader()) shared_.order.row = kNoMoreRows;
-    pass_on();
+    dismiss();
   }
 
  private:
   static PROXYATTN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
   static PROXYATTN_DEVICE bool leader() { return lane() == 0; }
 
-  PROXYATTN_DEVICE void wait_for_producer() {
-    if (leader()) {
-      ptx::mbarrier_wait(&shared_.order_barriers.empty[0], order_.phase,
-                         ptx::WaitSite::kScoutOrder);
-    }
+  static PROXYATTN_DEVICE void wait(uint64_t* barrier, uint32_t phase, ptx::WaitSite site) {
+    if (leader()) ptx::mbarrier_wait(barrier, phase, site);
     __syncwarp();
   }
 
-  // The arrival orders what all lanes wrote before the producer's reads.
-  PROXYATTN_DEVICE void pass_on() {
-    __syncwarp();
-    if (leader()) ptx::mbarrier_arrive(&shared_.order_barriers.full[0]);
-    order_.next();
-  }
-
-  PROXYATTN_DEVICE void give_order(const TilePlace& place) {
+  PROXYATTN_DEVICE void give_order(const TilePlace& place, HeadBlocks (&heads)[2]) {
     const int visible = place.visible_blocks(p_, Traits::kBlockRows);
     const int32_t* list = p_.indices == nullptr ? nullptr : place.list(p_);
     int blocks = visible;  // lane i: of head i of those that may be in the tile
@@ -64,23 +61,27 @@ class Scout {
       entry = BlockWalk::load_entry(p_, list, lane());
       blocks = min(max(count, 0), p_.list_capacity);
     }
-    HeadBlocks heads[2];
     find_heads(place, blocks, heads);
     // A list of all visible blocks may be read in any order: the usual one, in which neighbouring
     // teams read the same keys.
     const int fewest = heads[1].head == kNoHead ? heads[0].blocks : heads[1].blocks;
     if (p_.rankings && fewest == visible) list = nullptr;
-    TileOrder& order = shared_.order;
+    KeyOrder& order = shared_.order;
     order.entries[lane()] = entry;
     if (leader()) {
-      order.row = place.row;
+      order.blocks = heads[0].blocks;
       order.batch = place.batch;
       order.kv_head = place.kv_head;
-      order.heads[0] = heads[0];
-      order.heads[1] = heads[1];
       order.list = list;
     }
-    pass_on();
+    pass_order();
+  }
+
+  // The arrival orders what all lanes wrote before the producer's reads.
+  PROXYATTN_DEVICE void pass_order() {
+    __syncwarp();
+    if (leader()) ptx::mbarrier_arrive(&shared_.order_barriers.full[0]);
+    order_.next();
   }
 
   // Whose rows the warpgroups have, and how many key blocks each reads; the first reads no fewer.
@@ -98,10 +99,56 @@ class Scout {
     }
   }
 
+  // Publishes the tile; the arrival on `full` makes TileInfo visible to the consumers.
+  PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
+    wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kScoutQuery);
+    if (leader()) {
+      const int steps = Traits::steps_of(p_, heads[0].blocks);
+      PROXYATTN_UNROLL
+      for (int group = 0; group < kTeamGroups; ++group) {
+        const HeadBlocks& h = heads[group];
+        const int odd = Traits::kParts > 1 ? h.blocks % Traits::kParts : 0;
+        const int mine = Traits::steps_of(p_, h.blocks);
+        shared_.tiles[query_.slot][group] =
+            TileInfo{place.row, h.head, place.batch, mine, odd, steps - mine};
+      }
+      copy_query(place, heads);
+    }
+    query_.next();
+  }
+
+  PROXYATTN_DEVICE void copy_query(const TilePlace& place, const HeadBlocks (&heads)[2]) const {
+    uint64_t* full = &shared_.query_barriers.full[query_.slot];
+    int loads = 0;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kHeads; ++i) loads += heads[i].blocks > 0;
+    if (loads == 0) return ptx::mbarrier_arrive(full);
+    ptx::mbarrier_arrive_expect(full, loads * Traits::kHeadBytes);
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kHeads; ++i) {
+      if (heads[i].blocks == 0) continue;
+      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kHeadBytes, &p_.q_map, full, 0,
+                    place.row * Traits::kBlockRows, 0, heads[i].head, place.batch,
+                    ptx::kEvictFirst);
+    }
+  }
+
+  // No tile is left: everybody may go.
+  PROXYATTN_DEVICE void dismiss() {
+    if (leader()) shared_.order.blocks = kNoMoreOrders;
+    pass_order();
+    wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kScoutQuery);
+    if (leader()) {
+      for (TileInfo& info : shared_.tiles[query_.slot]) info.steps = kNoMoreTiles;
+      ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
+    }
+  }
+
   const Problem& p_;
   SharedStorage<Traits>& shared_;
   const int team_;
   Ring<1> order_;
+  Ring<Traits::kQueryStages> query_;
 };
 
 }  // namespace proxyattn::cuda::sm90

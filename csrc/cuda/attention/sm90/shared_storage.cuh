@@ -1,16 +1,17 @@
-// Shared memory of a team: rings of query, key and value tiles, what the producer says of them, and
-// what the scout says to the producer.
+// Shared memory of a team: rings of query, key and value tiles, and what scout and producer say of
+// them.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/attention/sm90/tile_order.cuh"
+#include "cuda/attention/sm90/key_order.cuh"
+#include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/traits.h"
 #include "cuda/common/ring.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
-// What the producer tells a consumer warpgroup about its rows of a query tile.
+// What the scout tells a consumer warpgroup about its rows of a query tile.
 struct TileInfo {
   int row;    // query block
   int head;   // query head; kNoHead: the rows are nobody's
@@ -45,7 +46,7 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kKeyStages> key_barriers;
   RingBarriers<Traits::kValueStages> value_barriers;
   RingBarriers<1> order_barriers;
-  TileOrder order;
+  KeyOrder order;
   TileInfo tiles[Traits::kQueryStages][kTeamGroups];
   TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds
 };

@@ -1,4 +1,4 @@
-// What a team's scout tells its producer about the next query tile, and how that walks its blocks.
+// Which keys a team's producer is to load next, as the scout says, and how it walks them.
 #pragma once
 
 #include <cstdint>
@@ -10,28 +10,20 @@
 
 namespace proxyattn::cuda::sm90 {
 
-// A query head and the number of its key blocks.
-struct HeadBlocks {
-  int head;
-  int blocks;
-};
-inline constexpr int kNoHead = -1;
-inline constexpr int kNoMoreRows = -1;
-
-struct TileOrder {
-  int row;  // query block; kNoMoreRows: leave
+struct KeyOrder {
+  int blocks;  // key blocks to load; kNoMoreOrders: leave
   int batch;
   int kv_head;
-  HeadBlocks heads[2];   // of the two warpgroups; the first reads no fewer blocks
-  const int32_t* list;   // null: all visible blocks, the first head's number of them
+  const int32_t* list;          // null: blocks - 1, ..., 0
   int32_t entries[kWarpLanes];  // the list's first
 };
+inline constexpr int kNoMoreOrders = -1;
 
 // The key blocks of one query tile: a list in global memory, or all visible blocks from the last
 // down. One warp reads it together, 32 entries at a time.
 class BlockWalk {
  public:
-  PROXYATTN_DEVICE BlockWalk(const Problem& p, const TileOrder& order)
+  PROXYATTN_DEVICE BlockWalk(const Problem& p, const KeyOrder& order)
       : p_(p), list_(order.list), ahead_(order.entries[lane()]) {}
 
   // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
