@@ -24,6 +24,7 @@
 
 #include "common/block_grid.h"
 #include "cuda/common/macros.cuh"
+#include "cuda/common/reduce.cuh"
 
 namespace proxyattn::cuda {
 
@@ -105,7 +106,8 @@ struct RowSelector {
   static constexpr int kPartSize = kThreads * kItems;
   static constexpr int kCapacity = kPartSize * kParts;
   static constexpr uint32_t kPadding = 0xffffffffu;  // behind every peak
-  using Sort = cub::BlockRadixSort<uint32_t, kThreads, kItems, uint16_t>;
+  static constexpr int kRadixBits = 5;  // of a pass
+  using Sort = cub::BlockRadixSort<uint32_t, kThreads, kItems, uint16_t, kRadixBits>;
   using Scan = cub::BlockScan<double, kThreads>;
 
   struct PrefixSums {
@@ -123,6 +125,8 @@ struct RowSelector {
       PrefixSums sums;
     };
     FirstPart first;
+    uint32_t set_in_any;  // bits of the keys
+    uint32_t set_in_all;
   };
 
   const SelectArgs& args;
@@ -139,13 +143,38 @@ struct RowSelector {
                                   int num_free,
                                   uint32_t (&keys)[kItems],
                                   uint16_t (&places)[kItems]) const {
+    uint32_t in_any = 0;
+    uint32_t in_all = ~0u;
     PROXYATTN_UNROLL
     for (int i = 0; i < kItems; ++i) {
       const int place = first_place + static_cast<int>(threadIdx.x) * kItems + i;
       places[i] = static_cast<uint16_t>(place);
-      keys[i] = place < num_free ? falling_key(row.peak[block_at_place(place)]) : kPadding;
+      keys[i] = kPadding;
+      if (place >= num_free) continue;
+      keys[i] = falling_key(row.peak[block_at_place(place)]);
+      in_any |= keys[i];
+      in_all &= keys[i];
     }
-    Sort(shared.sort).SortBlockedToStriped(keys, places);
+    Sort(shared.sort).SortBlockedToStriped(keys, places, 0, unlike_bits(in_any, in_all));
+  }
+
+  // How many bits from the lowest a sort must look at: above those all keys are alike. Peaks of a
+  // row mostly share sign and exponent, which saves a pass or two. Padding comes last in any case:
+  // it is all ones, and behind all keys from the start.
+  PROXYATTN_DEVICE int unlike_bits(uint32_t in_any, uint32_t in_all) const {
+    if (threadIdx.x == 0) {
+      shared.set_in_any = 0;
+      shared.set_in_all = ~0u;
+    }
+    __syncthreads();  // orders the start values before what warps add
+    in_any = __reduce_or_sync(kAllLanes, in_any);
+    in_all = __reduce_and_sync(kAllLanes, in_all);
+    if (threadIdx.x % kWarpLanes == 0) {
+      atomicOr(&shared.set_in_any, in_any);
+      atomicAnd(&shared.set_in_all, in_all);
+    }
+    __syncthreads();  // what warps added is there
+    return max(1, 32 - __clz(static_cast<int>(shared.set_in_any ^ shared.set_in_all)));
   }
 
   // `ranking` is where the free blocks start.
