@@ -304,6 +304,37 @@ def test_kernel_families_agree(cuda, tmp_path):
             torch.testing.assert_close(first, second, atol=2 * unit * first.abs().max(), rtol=0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_complete_rankings_are_dense_attention(cuda, head_dim):
+    """Heads whose budget is every visible block read them in the order of dense attention, where a
+    kernel can: there the bits are the same."""
+    tensors = random_qkv(cuda, 1000, 1100, (8, 2), head_dim=head_dim)
+    settings = {"block_size": 128, "return_lse": True}
+    forced = {"gamma": 0.0, "min_budget": 0, "num_local_blocks": 9}
+    sparse = proxyattn.proxy_attention(*tensors, **settings, **forced)
+    dense = proxyattn.proxy_attention(*tensors, **settings, gamma=1.0)
+    for first, second in zip(sparse, dense, strict=True):
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert_same_bits(first, second)
+        else:
+            torch.testing.assert_close(first, second, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_more_keys_than_the_cache_holds(cuda, block_size, monkeypatch):
+    """Key heads are worked on in sections; here 8 MB a head, and sections cross batch entries."""
+    q, k, v = random_qkv(cuda, 300, 16_384, (6, 3), head_dim=128)
+    rows, blocks = -(-300 // block_size), 16_384 // block_size
+    lists = torch.rand(2, 3, rows, blocks, device=cuda).argsort(-1).int()
+    counts = torch.randint(0, blocks // 4, (2, 6, rows), device=cuda).int()
+    settings = {"block_size": block_size, "causal": False, "return_lse": True}
+    out, lse = proxyattn.block_sparse_attention(q, k, v, lists, counts, **settings)
+    monkeypatch.setenv("PROXYATTN_FAMILY", "sm80")
+    want, want_lse = proxyattn.block_sparse_attention(q, k, v, lists, counts, **settings)
+    torch.testing.assert_close(out, want, atol=4e-3, rtol=0)
+    torch.testing.assert_close(lse, want_lse, atol=1e-4, rtol=0)
+
+
 def documented_bytes(n, q_heads, proxies, head_dim, mode, stride=4, block=64):
     """What the README says that proxy_attention needs for one prompt beyond its output."""
     num_blocks = -(-n // block)

@@ -55,6 +55,18 @@ def test_literal_special_peaks(device):
     assert select_one_row(device, [-NAN, 5.0, NAN], [1])[0] == [2, 0, 1]
 
 
+@pytest.mark.parametrize("num_blocks", [100, 700, 9000])
+def test_peaks_of_all_magnitudes(device, num_blocks):
+    """Rows that differ in every bit of the peaks, in the lowest alone and in none."""
+    rng = np.random.default_rng(num_blocks)
+    wide = rng.choice([-1.0, 1.0], num_blocks) * 2.0 ** rng.uniform(-125, 125, num_blocks)
+    narrow = -17.0 - 2.0**-19 * rng.integers(0, 16, num_blocks)
+    for peaks in (wide, narrow, np.full(num_blocks, -3.25)):
+        peaks = peaks.astype(np.float32)
+        ranking, _ = select_one_row(device, peaks.tolist(), [1])
+        assert ranking == sorted(range(num_blocks), key=lambda i: (-peaks[i], -i))
+
+
 def test_literal_sinks_come_first(device):
     peaks = [-9.0, -8.0, -1.0, -2.0]
     ranking, counts = select_one_row(device, peaks, [1, 3], num_sink_blocks=2)

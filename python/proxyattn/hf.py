@@ -145,7 +145,7 @@ def record() -> Iterator[Recording]:
     """Collects which blocks each layer reads, and which calls went to SDPA and why.
 
     While recording, the stages run one by one instead of in one call, so that the counts can be
-    seen: results are the same, times are not.
+    seen: results are the same but for rounding, times are not.
     """
     recording = Recording()
     _recordings.append(recording)

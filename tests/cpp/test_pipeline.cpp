@@ -157,6 +157,7 @@ Outputs run_stages(const Inputs& in, const PipelineParams& p) {
                             0,
                             p.scale,
                             p.causal,
+                            true,
                             p.dtype};
   const test::Workspace workspace(attention,
                                   cpu::block_sparse_attention_workspace_bytes(attention));

@@ -106,7 +106,7 @@ struct RowSelector {
   static constexpr int kPartSize = kThreads * kItems;
   static constexpr int kCapacity = kPartSize * kParts;
   static constexpr uint32_t kPadding = 0xffffffffu;  // behind every peak
-  static constexpr int kRadixBits = 5;  // of a pass
+  static constexpr int kRadixBits = 5;               // of a pass
   using Sort = cub::BlockRadixSort<uint32_t, kThreads, kItems, uint16_t, kRadixBits>;
   using Scan = cub::BlockScan<double, kThreads>;
 

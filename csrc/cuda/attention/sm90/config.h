@@ -1,10 +1,10 @@
 // Tile sizes of the sm90 attention kernels.
 //
-// A team, of which a thread block has one or two, is a scout warp, a producer warp and two consumer warpgroups of
-// 64 query rows each. With query blocks of 128 rows a team works on one block of one head; with
-// blocks of 64 on one block of two heads, whose lists share what they can (pairs.cuh). Keys and
-// values pass in tiles of kKeyRows through the team's rings in shared memory; a tile is part of a
-// key block, a whole one, or gathered from two of half its rows.
+// A team, of which a thread block has one or two, is a scout warp, a producer warp and two consumer
+// warpgroups of 64 query rows each. With query blocks of 128 rows a team works on one block of one
+// head; with blocks of 64 on one block of two heads, whose lists share what they can (pairs.cuh).
+// Keys and values pass in tiles of kKeyRows through the team's rings in shared memory; a tile is
+// part of a key block, a whole one, or gathered from two of half its rows.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,8 @@
 // query tiles of their own. The first warpgroups compute, two of a team, 64 query rows each
 // (consumer.cuh); in the last one a warp of each team loads keys and values (producer.cuh), another
 // queries, and finds out which (scout.cuh). Shared memory: a team's query, key and value rings
-// (shared_storage.cuh), up to 226 KB in all. Which block sizes and tensors it takes layout.cpp says.
+// (shared_storage.cuh), up to 226 KB in all. Which block sizes and tensors it takes layout.cpp
+// says.
 #pragma once
 
 #include "cuda/attention/sm90/consumer.cuh"

@@ -2,8 +2,8 @@
 //
 // Tiles are handed out through one counter. Key/value heads are taken in sections whose keys and
 // values fit the L2 cache together; in a section come the query blocks from the last (the longest
-// when causal) down, so that the tiles that teams end with are short; of a query block the key/value
-// heads, and of one of those the query heads that share it, side by side.
+// when causal) down, so that the tiles that teams end with are short; of a query block the
+// key/value heads, and of one of those the query heads that share it, side by side.
 #pragma once
 
 #include <cstdint>
