@@ -23,7 +23,7 @@ from functools import partial
 import peers_sections
 import proxyattn
 import torch
-from peers import Entry
+from peers import Entry, competitors
 from peers_inputs import TOLERANCE
 from peers_report import Report, Result
 from peers_timing import Stopwatch, reason_of
@@ -176,6 +176,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sections must be of {', '.join(SECTION_SECONDS)}, got {sorted(unknown)}")
     if args.device == "cuda" and not cuda:
         parser.error("--device must be cpu where torch finds no GPU, got cuda")
+    peers = competitors(torch.device(args.device))
+    unknown = set(args.without) - peers
+    if unknown:
+        parser.error(f"--without must be of {', '.join(sorted(peers))}, got {sorted(unknown)}")
     small = args.device == "cpu"
     args.heads = args.heads or ([(4, 2)] if small else [(32, 8)])
     args.proxies = args.proxies or ([(4, 2, 1)] if small else [(32, 8, 1), (32, 8, 8), (28, 4, 4)])

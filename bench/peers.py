@@ -196,6 +196,11 @@ def first(result: Tensor | tuple) -> Tensor:
 # ---- who competes where
 
 
+def competitors(device: torch.device) -> set[str]:
+    """Names of all but ours."""
+    return {*dense_builders(device), *sparse_builders(device)}
+
+
 def dense_builders(device: torch.device) -> dict[str, Callable[[Inputs, bool], Call]]:
     """Dense competitors but ours: name to ``builder(inputs, causal)``."""
     if device.type == "cpu":

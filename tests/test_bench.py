@@ -226,9 +226,16 @@ def test_peers_lists_hold_the_chosen_blocks(monkeypatch):
             assert [*full, row] == chosen.mask[head, row].nonzero().flatten().tolist()
 
 
-def test_peers_names_wrong_options():
+@pytest.mark.parametrize(
+    "option, error",
+    [
+        ("--sections=dens", "--sections must be of dense"),
+        ("--without=nobody", "--without must be of torch SDPA"),
+    ],
+)
+def test_peers_names_wrong_options(option, error):
     script = ROOT / "bench/compare_peers.py"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    result = run([sys.executable, script, "--device=cpu", "--sections=dens"], env=env)
+    result = run([sys.executable, script, "--device=cpu", option], env=env)
     assert result.returncode == 2
-    assert "--sections must be of dense" in result.stderr
+    assert error in result.stderr

@@ -1,7 +1,8 @@
 // Rings of shared-memory slots between one producer and a few consumer warpgroups.
 //
 // Every slot has two barriers. `full`: the producer announces the bytes, the copy engine completes
-// the phase. `empty`: each reading warp arrives once when it has read the slot.
+// the phase. `empty`: each reading warp arrives once when it has read the slot. Of what threads
+// write and read themselves, all of them arrive.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +19,9 @@ struct RingBarriers {
   uint64_t full[Stages];
   uint64_t empty[Stages];
 
-  __device__ void init(int readers) {
+  __device__ void init(int readers, int writers = 1) {
     for (int i = 0; i < Stages; ++i) {
-      ptx::mbarrier_init(&full[i], 1);
+      ptx::mbarrier_init(&full[i], writers);
       ptx::mbarrier_init(&empty[i], readers);
     }
   }

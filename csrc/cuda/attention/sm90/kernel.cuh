@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       storage[team].query_barriers.init(kConsumerWarps);
       storage[team].key_barriers.init(kConsumerWarps);
       storage[team].value_barriers.init(kConsumerWarps);
-      storage[team].order_barriers.init(1);
+      storage[team].order_barriers.init(kWarpLanes, kWarpLanes);
     }
     ptx::mbarrier_init_fence();
   }

@@ -26,13 +26,17 @@ class Producer {
 
   PROXYATTN_DEVICE void run() {
     while (true) {
-      wait(&shared_.order_barriers.full[0], order_.phase, ptx::WaitSite::kProducerOrder);
+      // Every lane waits and arrives for itself. None can miss a phase: the next order comes when
+      // all have let go of this one.
+      ptx::mbarrier_wait(&shared_.order_barriers.full[0], order_.phase,
+                         ptx::WaitSite::kProducerOrder);
+      __syncwarp();
       const KeyOrder& order = shared_.order;
       const int blocks = order.blocks;
       if (blocks == kNoMoreOrders) return;
       const Place place{order.batch, order.kv_head};
       BlockWalk walk(p_, order);
-      release_slot(&shared_.order_barriers.empty[0]);
+      ptx::mbarrier_arrive(&shared_.order_barriers.empty[0]);
       order_.next();
       load_tiles(place, walk, blocks);
     }

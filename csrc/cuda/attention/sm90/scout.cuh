@@ -33,7 +33,9 @@ class Scout {
       give_order(place, heads);
       load_query(place, heads);
       // Taken when the producer has begun with the one before: who takes tiles early ends late.
-      wait(&shared_.order_barriers.empty[0], order_.phase, ptx::WaitSite::kScoutOrder);
+      ptx::mbarrier_wait(&shared_.order_barriers.empty[0], order_.phase,
+                         ptx::WaitSite::kScoutOrder);
+      __syncwarp();
       int next = 0;
       if (leader()) next = atomicAdd(p_.next_tile, 1) + p_.num_teams;
       tile = __shfl_sync(kFullWarp, next, 0);
@@ -45,8 +47,11 @@ class Scout {
   static PROXYATTN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
   static PROXYATTN_DEVICE bool leader() { return lane() == 0; }
 
-  static PROXYATTN_DEVICE void wait(uint64_t* barrier, uint32_t phase, ptx::WaitSite site) {
-    if (leader()) ptx::mbarrier_wait(barrier, phase, site);
+  PROXYATTN_DEVICE void wait_query_slot() const {
+    if (leader()) {
+      ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
+                         ptx::WaitSite::kScoutQuery);
+    }
     __syncwarp();
   }
 
@@ -77,10 +82,9 @@ class Scout {
     pass_order();
   }
 
-  // The arrival orders what all lanes wrote before the producer's reads.
+  // Each lane's arrival orders what it wrote before the producer's reads.
   PROXYATTN_DEVICE void pass_order() {
-    __syncwarp();
-    if (leader()) ptx::mbarrier_arrive(&shared_.order_barriers.full[0]);
+    ptx::mbarrier_arrive(&shared_.order_barriers.full[0]);
     order_.next();
   }
 
@@ -101,7 +105,7 @@ class Scout {
 
   // Publishes the tile; the arrival on `full` makes TileInfo visible to the consumers.
   PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
-    wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kScoutQuery);
+    wait_query_slot();
     if (leader()) {
       const int steps = Traits::steps_of(p_, heads[0].blocks);
       PROXYATTN_UNROLL
@@ -137,7 +141,7 @@ class Scout {
   PROXYATTN_DEVICE void dismiss() {
     if (leader()) shared_.order.blocks = kNoMoreOrders;
     pass_order();
-    wait(&shared_.query_barriers.empty[query_.slot], query_.phase, ptx::WaitSite::kScoutQuery);
+    wait_query_slot();
     if (leader()) {
       for (TileInfo& info : shared_.tiles[query_.slot]) info.steps = kNoMoreTiles;
       ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
