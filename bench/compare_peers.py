@@ -1,7 +1,7 @@
 """Times proxyattn beside torch's attention, flex_attention and FlashAttention-4.
 
-All run in one process on the same random inputs, in turn, round by round, each checked against
-exact attention first. A competitor that is missing or fails says why and is left out. Sections:
+All run in one process on the same random inputs, round by round, each checked against exact
+attention first. A competitor that is missing or fails says why and is left out. Sections:
 
   dense     all blocks: against FlashAttention-2 and cuDNN of torch, and FlashAttention-4
   sparse    random block lists of each head: against FlashAttention-4 and flex_attention

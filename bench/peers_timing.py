@@ -1,6 +1,7 @@
 """Timing of competitors side by side, with the clock and the power of the GPU."""
 
 import ctypes
+import random
 import statistics
 import threading
 import time
@@ -127,10 +128,13 @@ class Stopwatch:
         return begin.elapsed_time(end) / count
 
     def race(self, calls: dict[str, Call], seconds: float) -> dict[str, Timing]:
-        """Times the calls in turn, round by round, so that all meet the same temperatures.
+        """Times the calls round by round, so that all meet the same temperatures.
 
-        Runs for about ``seconds``, but at least three rounds and at most ``max_rounds``. A call
-        that raises is left out of the rounds after and its ``failure`` is set.
+        Each round has an order of its own: a GPU at its power limit runs slower behind a call that
+        drew much than behind one that drew little, and a fixed order would give every call the same
+        neighbour. Runs for about ``seconds``, but at least three rounds and at most
+        ``max_rounds``. A call that raises is left out of the rounds after and its ``failure`` is
+        set.
         """
         timings = {name: Timing() for name in calls}
         counts: dict[str, int] = {}
@@ -146,8 +150,7 @@ class Stopwatch:
             if round_idx >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
                 break
             running = [name for name in calls if not timings[name].failure]
-            first = round_idx % max(1, len(running))
-            for name in running[first:] + running[:first]:
+            for name in random.Random(round_idx).sample(running, len(running)):
                 self._sample(timings[name], calls[name], counts[name])
         return timings
 

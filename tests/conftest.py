@@ -52,6 +52,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _memory_goes_back():
+    """Workers of pytest-xdist share a GPU, and torch keeps what a test has freed."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def set_threads():
     """torch.set_num_threads, undone after the test."""
