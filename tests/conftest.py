@@ -1,5 +1,6 @@
 """Devices, seeds and the choice of cases. Every case that names `device` runs on each device."""
 
+import fcntl
 import os
 
 # Before numpy loads: the reference's products are small, and threads that wait for each other take
@@ -58,6 +59,16 @@ def _memory_goes_back():
     yield
     if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def much_memory(tmp_path_factory, _memory_goes_back):
+    """For tests that take many gigabytes of a GPU: of all workers one runs such a test."""
+    with (tmp_path_factory.getbasetemp().parent / "much_memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -348,6 +348,7 @@ def documented_bytes(n, q_heads, proxies, head_dim, mode, stride=4, block=64):
 
 @pytest.mark.parametrize("n", [16_384, 131_072, pytest.param(1_048_576, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("much_memory")
 def test_memory_is_what_the_readme_says(cuda, mode, n):
     q, k, v = (
         torch.randn(1, n, heads, 128, dtype=torch.bfloat16, device=cuda) for heads in (16, 8, 8)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from tolerance import assert_same_bits
 
+pytestmark = pytest.mark.usefixtures("much_memory")
+
 #: Distances in elements of neighbouring batch entries, tokens and heads. Memory that no row lies in
 #: is reserved but never touched.
 STRIDES = {
