@@ -62,7 +62,7 @@ def _memory_goes_back():
 
 
 @pytest.fixture
-def much_memory(tmp_path_factory, _memory_goes_back):
+def much_memory(tmp_path_factory):
     """For tests that take many gigabytes of a GPU: of all workers one runs such a test."""
     with (tmp_path_factory.getbasetemp().parent / "much_memory").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

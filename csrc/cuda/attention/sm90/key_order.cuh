@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/math.h"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
@@ -18,6 +19,12 @@ struct KeyOrder {
   int32_t entries[kWarpLanes];  // the list's first
 };
 inline constexpr int kNoMoreOrders = -1;
+
+// Key tiles of so many key blocks.
+template <typename Traits>
+PROXYATTN_DEVICE int steps_of(const Problem& p, int blocks) {
+  return Traits::kLargeBlocks ? blocks * p.tiles_per_block : ceil_div(blocks, Traits::kParts);
+}
 
 // The key blocks of one query tile: a list in global memory, or all visible blocks from the last
 // down. One warp reads it together, 32 entries at a time.

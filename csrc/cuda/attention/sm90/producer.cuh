@@ -1,8 +1,8 @@
 // The producer warp: loads the key and value tiles that its scout has found.
 //
 // Order of loads in a tile: K0, K1, V0, K2, V1, ..., so that the keys of the next step are there
-// when the values of this one are wanted. The whole warp walks the list; lane 0 talks to barriers
-// and to the copy engine.
+// when the values of this one are wanted. The whole warp walks the list; lane 0 talks to the
+// barriers of the rings and to the copy engine.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,7 @@ class Producer {
   }
 
   PROXYATTN_DEVICE void load_tiles(const Place& place, BlockWalk& walk, int blocks) {
-    const int steps = Traits::steps_of(p_, blocks);
+    const int steps = steps_of<Traits>(p_, blocks);
     Parts parts, previous;
     int place_in_list = 0;
     int block = 0;

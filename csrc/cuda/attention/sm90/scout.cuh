@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "common/math.h"
+#include "cuda/attention/sm90/key_order.cuh"
 #include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/scheduler.cuh"
@@ -107,12 +107,12 @@ class Scout {
   PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     wait_query_slot();
     if (leader()) {
-      const int steps = Traits::steps_of(p_, heads[0].blocks);
+      const int steps = steps_of<Traits>(p_, heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {
         const HeadBlocks& h = heads[group];
         const int odd = Traits::kParts > 1 ? h.blocks % Traits::kParts : 0;
-        const int mine = Traits::steps_of(p_, h.blocks);
+        const int mine = steps_of<Traits>(p_, h.blocks);
         shared_.tiles[query_.slot][group] =
             TileInfo{place.row, h.head, place.batch, mine, odd, steps - mine};
       }

@@ -3,9 +3,7 @@
 
 #include <cstdint>
 
-#include "common/math.h"
 #include "cuda/attention/sm90/config.h"
-#include "cuda/attention/sm90/problem.h"
 #include "cuda/common/element.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/tensor_map.h"
@@ -62,11 +60,6 @@ struct Traits {
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static_assert(128 * (kProducerRegisters + kConsumerGroups * kConsumerRegisters) <=
                 kThreads * kLaunchRegisters);
-  // Key tiles of so many key blocks.
-  static PROXYATTN_DEVICE int steps_of(const Problem& p, int blocks) {
-    return kLargeBlocks ? blocks * p.tiles_per_block : ceil_div(blocks, kParts);
-  }
-
   static_assert(kKeyStages >= 2, "the producer loads key tile j + 1 before value tile j");
 };
 
