@@ -42,7 +42,7 @@ class Bench:
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
             args.dtype
         ]
-        self.stopwatch = Stopwatch(self.device, args.rounds)
+        self.stopwatch = Stopwatch(self.device, args.rounds, args.hold)
         self.report = Report(args.json)
 
     def run_section(self, name: str) -> None:
@@ -152,6 +152,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sections", default=",".join(SECTION_SECONDS), help="comma-separated")
     add("--time-limit", type=float, help="seconds for each section, instead of its own")
     add("--rounds", type=int, default=40, help="at most this many for a case")
+    add(
+        "--hold",
+        type=float,
+        default=0.0,
+        help="seconds that a call runs before it is timed, so that clock and power are its own; "
+        "else all share what a round of short turns leaves them",
+    )
     add(
         "--without", type=names, default=[], help="competitors to leave out, such as flex_attention"
     )

@@ -1,6 +1,7 @@
 """Timing of competitors side by side, with the clock and the power of the GPU."""
 
 import ctypes
+import math
 import random
 import statistics
 import threading
@@ -100,24 +101,27 @@ class Sensors:
 class Stopwatch:
     """Times calls by CUDA events, or by the wall clock on a CPU."""
 
-    def __init__(self, device: torch.device, max_rounds: int):
+    def __init__(self, device: torch.device, max_rounds: int, hold: float = 0.0):
         self.device = device
         self.max_rounds = max_rounds
+        self.hold = hold
         self.sensors = Sensors(device)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def milliseconds(self, call: Call, count: int = 1) -> float:
-        """Mean of ``count`` calls in a row."""
+    def milliseconds(self, call: Call, count: int = 1, lead: int = 0) -> float:
+        """Mean of ``count`` calls in a row, behind ``lead`` that are not timed."""
+        for _ in range(lead):
+            call()
         if self.device.type != "cuda":
             begin = time.perf_counter()
             for _ in range(count):
                 call()
             return 1e3 * (time.perf_counter() - begin) / count
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if count > 1:
+        if count > 1 and lead == 0:
             # Keeps the device busy until all calls are queued, so that no host time is measured.
             torch.cuda._sleep(count * QUEUEING_CYCLES)
         begin.record()
@@ -132,18 +136,22 @@ class Stopwatch:
 
         Each round has an order of its own: a GPU at its power limit runs slower behind a call that
         drew much than behind one that drew little, and a fixed order would give every call the same
-        neighbour. Runs for about ``seconds``, but at least three rounds and at most
-        ``max_rounds``. A call that raises is left out of the rounds after and its ``failure`` is
-        set.
+        neighbour. With ``hold`` a call first runs for that many seconds, so that clock and power
+        have become its own when it is timed.
+
+        Runs for about ``seconds``, but at least three rounds and at most ``max_rounds``. A call
+        that raises is left out of the rounds after and its ``failure`` is set.
         """
         timings = {name: Timing() for name in calls}
         counts: dict[str, int] = {}
+        leads: dict[str, int] = {}
         begin = time.perf_counter()
         for name, call in calls.items():
             try:
                 call()
                 once = max(self.milliseconds(call), 1e-3) / 1e3
                 counts[name] = min(MAX_CALLS, max(1, round(SAMPLE_SECONDS / once)))
+                leads[name] = math.ceil(self.hold / once)
             except Exception as error:
                 timings[name].failure = reason_of(error)
         for round_idx in range(self.max_rounds):
@@ -151,13 +159,13 @@ class Stopwatch:
                 break
             running = [name for name in calls if not timings[name].failure]
             for name in random.Random(round_idx).sample(running, len(running)):
-                self._sample(timings[name], calls[name], counts[name])
+                self._sample(timings[name], calls[name], counts[name], leads[name])
         return timings
 
-    def _sample(self, timing: Timing, call: Call, count: int) -> None:
+    def _sample(self, timing: Timing, call: Call, count: int, lead: int) -> None:
         begin = time.perf_counter()
         try:
-            timing.samples.append(self.milliseconds(call, count))
+            timing.samples.append(self.milliseconds(call, count, lead))
         except Exception as error:
             timing.failure = reason_of(error)
         timing.sensors += self.sensors.between(begin, time.perf_counter())

@@ -186,6 +186,7 @@ def test_peers_on_cpu(tmp_path):
         "--head-dim=64",
         "--time-limit=100",
         "--rounds=2",
+        "--hold=0.001",
     ]
     paths = [str(Path(path).resolve()) for path in sys.path if path]
     result = run(

@@ -256,6 +256,30 @@ def test_all_blocks_is_dense_attention(device, dtype, mode, causal, settings):
     assert_attends_to(out, lse, tensors, indices, counts, settings)
 
 
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "pieces"])
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("q_len, kv_len", [(1300, 1300), (700, 1290)])
+def test_lists_that_are_read_whole(device, q_len, kv_len, causal, block_size, pieces):
+    """All heads of one proxy head read all blocks, so that nobody asks for its scores; those of the
+    other are needed as ever, but for the rows that see no more than its heads read."""
+    q, k, v = random_inputs(device, q_len, kv_len, heads=(8, 2), head_dim=128)
+    q[:, :, :4] = 0  # attends to everything alike
+    q[:, :, 4:] += 4
+    k[:, 100:150, 1] = 1  # attends here
+    settings = {"gamma": 0.9999, "block_size": block_size, "min_budget": 0, "num_proxy_heads": 2}
+    settings["causal"] = causal
+    indices, counts = choose_blocks(q, k, **settings)
+    visible = (indices >= 0).sum(-1)[:, :, None]
+    whole = counts.unflatten(1, (2, 4)) == visible
+    assert whole[:, 0].all() and not whole[:, 1].all()
+    limit = smallest_workspace({"q": q, "k": k, "v": v, **settings}) if pieces else None
+    out, lse = proxyattn.proxy_attention(
+        q, k, v, **settings, return_lse=True, max_workspace_bytes=limit
+    )
+    assert_attends_to(out, lse, (q, k, v), indices, counts, settings)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_a_small_workspace_gives_the_same_bits(device, dtype, mode):

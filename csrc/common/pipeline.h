@@ -220,6 +220,9 @@ ScoreParams Pipeline<Stages>::score_params(const BlockRange& rows) const {
   s.scale = p_.scale;
   s.causal = p_.causal;
   s.dtype = p_.dtype;
+  // Coverage makes its budgets of the scores.
+  s.budgets = coverage() ? nullptr : at<int32_t>(budgets_);
+  s.q_heads = p_.q_heads;
   return s;
 }
 
@@ -272,6 +275,7 @@ SelectParams Pipeline<Stages>::select_params(const BlockRange& rows) const {
   s.shares = coverage() ? at<double>(shares_) : nullptr;
   s.budget_mode = p_.budget_mode;
   s.causal = p_.causal;
+  s.complete_lists_unordered = !coverage();
   return s;
 }
 

@@ -32,6 +32,11 @@ struct ScoreParams {
   float scale;
   bool causal;
   DType dtype;
+
+  // Key blocks that each query head reads in rows that see so many: [batch, q_heads]. Rows of a
+  // list all whose heads read everything need no scores and may be left without. Null: score all.
+  const int32_t* budgets = nullptr;
+  int64_t q_heads = 0;
 };
 
 namespace cpu {

@@ -31,6 +31,10 @@ struct SelectParams {
 
   BudgetMode budget_mode;
   bool causal;
+
+  // Of a list that all its heads read to the end the order is nobody's question: true lets it be
+  // any, and the row's peaks are not read.
+  bool complete_lists_unordered = false;
 };
 
 namespace cpu {

@@ -43,6 +43,7 @@ struct SelectArgs {
   int64_t num_blocks;  // key blocks
   int64_t list_heads;  // query heads that read one list
   int64_t min_blocks;
+  bool complete_lists_unordered;
   const float* peak;
   const float* mass;  // null unless coverage
   const int32_t* budgets;
@@ -239,6 +240,24 @@ struct RowSelector {
     }
   }
 
+  // Whether all heads of the list read every visible block.
+  PROXYATTN_DEVICE bool is_complete() const {
+    const int64_t least = max_of<int64_t>(args.min_blocks, row.forced.count());
+    bool complete = true;
+    for (int64_t i = threadIdx.x; i < args.list_heads; i += kThreads) {
+      complete &=
+          max_of<int64_t>(args.budgets[row.list * args.list_heads + i], least) >= row.visible;
+    }
+    return __syncthreads_and(complete);
+  }
+
+  // All visible blocks from the last down, as dense attention reads them.
+  PROXYATTN_DEVICE void list_all() const {
+    for (int64_t i = threadIdx.x; i < args.num_blocks; i += kThreads) {
+      row.ranking[i] = i < row.visible ? row.visible - 1 - static_cast<int>(i) : -1;
+    }
+  }
+
   // Places that each thread adds up.
   PROXYATTN_DEVICE int run_length() const { return (row.visible + kThreads - 1) / kThreads; }
 
@@ -323,7 +342,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // orders the row's facts before their readers
   const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes),
                           *reinterpret_cast<const Row*>(row_bytes)};
-  selector.rank();
+  if (args.complete_lists_unordered && selector.is_complete()) {
+    selector.list_all();
+  } else {
+    selector.rank();
+  }
   selector.count(rows.sets_shares);
 }
 

@@ -78,11 +78,12 @@ class ScoreFinisher {
     block_row_ = block * p.block_rows;
     rows_ = min(p.block_rows, p.num_rows - tile_row_ - block_row_);
     const int q_block = tile_row_ / p.block_rows + block;
+    unscored_ = q_block < p.first_scored_block(list);
     out_ = (static_cast<int64_t>(list) * p.num_q_blocks + q_block) * p.num_kv_blocks;
   }
 
   PROXYATTN_DEVICE void run(int first_cell) {
-    if (rows_ <= 0) return;  // a ragged row tile
+    if (rows_ <= 0 || unscored_) return;  // a ragged row tile, or nobody asks
     find_lse();
     __syncthreads();  // lse is written
     const int end = ceil_div(min(first_cell + kFinishCells, p_.num_kv_blocks), kStepCells);
@@ -247,6 +248,7 @@ class ScoreFinisher {
   int tile_row_;   // first row of the row tile
   int block_row_;  // first row of the query block, in the row tile
   int rows_;       // of the query block
+  bool unscored_;  // its scores are not wanted
   int64_t out_;
 };
 

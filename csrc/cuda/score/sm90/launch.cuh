@@ -48,6 +48,12 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   p.tile_rows = logit_tile_rows(kHeadDim);
   p.num_keys = static_cast<int>(plan.num_keys());
   p.first_limit = static_cast<int>(plan.first_limit());
+  p.budgets = s.budgets;
+  p.heads_per_list = s.budgets == nullptr ? 0 : static_cast<int>(s.q_heads / s.proxy_heads);
+  p.offset_units = static_cast<int>(ceil_div(max_of<int64_t>(s.q_offset, 0), kBlockUnit));
+  p.kv_block_units = static_cast<int>(s.kv_block / kBlockUnit);
+  p.q_block_shift = s.q_block == kBlockUnit ? 0 : 1;
+  p.first_q_block = static_cast<int>(s.rows.begin);
   p.num_q_blocks = static_cast<int>(s.rows.end - s.rows.begin);
   p.num_kv_blocks = static_cast<int>(ceil_div(s.kv_len, s.kv_block));
   p.block_rows = static_cast<int>(s.q_block / s.stride);

@@ -14,20 +14,24 @@
 #include <cuda.h>
 
 #include "common/math.h"
+#include "cuda/common/macros.cuh"
 #include "cuda/sm90/logit_config.h"
 
 namespace proxyattn::cuda::sm90 {
+
+inline constexpr int64_t kBlockUnit = 64;  // tokens; divides every block size
 
 struct ScoreProblem {
   CUtensorMap q_map;  // [batch, proxy_heads, head_dim / 64, sampled queries, 64], 64 rows
   CUtensorMap k_map;  // [batch, proxy_heads, head_dim / 64, sampled keys, 64], 128 rows
 
-  float* peak;         // [lists, q_blocks, kv_blocks]
-  float* mass;         // the same; null: not wanted
-  float* block_max;    // [items, key tiles of a chunk, row groups, values], see cells.cuh
-  float* block_lse;    // the same; null with mass
-  float* chunk_lse;    // [items, rows of a tile], base 2
-  int32_t* next_item;  // items handed out beyond the first of each thread block
+  float* peak;             // [lists, q_blocks, kv_blocks]
+  float* mass;             // the same; null: not wanted
+  float* block_max;        // [items, key tiles of a chunk, row groups, values], see cells.cuh
+  float* block_lse;        // the same; null with mass
+  float* chunk_lse;        // [items, rows of a tile], base 2
+  int32_t* next_item;      // items handed out beyond the first of each thread block
+  const int32_t* budgets;  // [lists, heads_per_list]: see ScoreParams; null: all rows are scored
 
   int proxy_heads;
   int first_row_tile;  // of the pass
@@ -40,11 +44,31 @@ struct ScoreProblem {
   int tile_rows;
   int num_keys;
   int first_limit;  // causal: sampled keys that sampled query 0 sees, maybe negative
+  int heads_per_list;
+  int offset_units;    // position of query 0, rounded up to units of kBlockUnit tokens
+  int kv_block_units;  // of a key block
+  int q_block_shift;   // log2 of the units of a query block
+  int first_q_block;   // of the call
   int num_q_blocks;
   int num_kv_blocks;
   int block_rows;  // sampled queries of a whole query block
   int causal;      // 0 or 1
   float factor;    // scale * log2(e)
+
+  // The first query block of the call that wants scores of a list: those before it see no more key
+  // blocks than each head of the list reads.
+  PROXYATTN_DEVICE int first_scored_block(int list) const {
+    if (budgets == nullptr) return 0;
+    const int32_t* mine = budgets + static_cast<int64_t>(list) * heads_per_list;
+    int least = num_kv_blocks;
+    PROXYATTN_NO_UNROLL
+    for (int i = 0; i < heads_per_list; ++i) least = min_of(least, mine[i]);
+    if (least >= num_kv_blocks) return num_q_blocks;
+    if (!causal) return 0;
+    // Query blocks [0, m) end before the keys of `least` blocks do.
+    const int m = (least * kv_block_units - offset_units) >> q_block_shift;
+    return max_of(0, min_of(m - first_q_block, num_q_blocks));
+  }
 
   // Sampled keys [0, visible) that a row of the call sees.
   PROXYATTN_HOST_DEVICE int visible_keys(int row) const {

@@ -25,7 +25,9 @@ class ScoreProducer {
       // Asked for early: the answer travels while this item's loads are issued.
       const int next = atomicAdd(p_.next_item, 1) + static_cast<int>(gridDim.x);
       walk_.advance_to(p_, idx);
-      load(walk_.item(p_, idx));
+      const ScoreItem item = walk_.item(p_, idx);
+      const int unscored_rows = p_.first_scored_block(walk_.list()) * p_.block_rows;
+      if ((item.row_tile + 1) * p_.tile_rows > unscored_rows) load(item);
       idx = next;
     }
     publish({kNoMoreItems, 0, 0, 0});
