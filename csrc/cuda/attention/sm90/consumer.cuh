@@ -46,12 +46,8 @@ class Consumer {
           tile.row * Traits::kBlockRows + place_.group * kWarpgroupRows % Traits::kBlockRows;
       if (tile.steps > 0) {
         attend(tile);
-      } else if (tile.head != kNoHead) {
-        release_stored();
-        store_nothing(p_, shared_, tile, place_, query_.slot);
       } else {
-        release_stored();
-        release_slot(&shared_.query_barriers.empty[query_.slot]);
+        pass(tile);
       }
       skip_keys(tile.skip);
       query_.next();
@@ -108,6 +104,16 @@ class Consumer {
     stored_ = &shared_.query_barriers.empty[query_.slot];
     // With a single slot the scout waits for it.
     if constexpr (Traits::kQueryStages == 1) release_stored();
+  }
+
+  // A tile without a key, or none of this warpgroup's.
+  PROXYATTN_DEVICE void pass(const TileInfo& tile) {
+    release_stored();
+    if (tile.head != kNoHead) {
+      store_nothing(p_, shared_, tile, place_, query_.slot);
+    } else {
+      release_slot(&shared_.query_barriers.empty[query_.slot]);
+    }
   }
 
   // Past key tiles that only the other warpgroup reads.
