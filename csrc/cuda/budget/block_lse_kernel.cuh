@@ -17,6 +17,7 @@
 
 #include "common/math.h"
 #include "cuda/common/logits.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda {
 
@@ -74,7 +75,7 @@ struct BlockLseConsumer {
 
   // The four lanes of a row know its sum, so each stores that of another row.
   PROXYATTN_DEVICE void store(int block) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+    const int lane = warp_lane();
     const int mine = lane % kQuadLanes;
     float value = 0.0f;
     PROXYATTN_UNROLL

@@ -16,6 +16,7 @@
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda {
 

@@ -17,6 +17,7 @@
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tile.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
@@ -153,7 +154,7 @@ class LogitTiles {
   }
 
   PROXYATTN_DEVICE void multiply(typename Traits::Logits& logits, uint32_t keys) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+    const int lane = warp_lane();
     // Both halves of the columns of 8 keys come before the next 8 keys.
     const uint32_t fragments = keys + Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     PROXYATTN_UNROLL

@@ -3,12 +3,11 @@
 #pragma once
 
 #include "cuda/common/macros.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda {
 
-inline constexpr int kWarpLanes = 32;
 inline constexpr int kQuadLanes = 4;  // the lanes that share a row of an mma accumulator
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Over aligned groups of `Lanes` neighbours, a power of two.
 template <int Lanes>

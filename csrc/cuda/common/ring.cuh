@@ -8,11 +8,10 @@
 #include <cstdint>
 
 #include "cuda/common/macros.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 
 namespace proxyattn::cuda {
-
-inline constexpr unsigned kFullWarp = 0xffffffffu;
 
 template <int Stages>
 struct RingBarriers {
@@ -30,15 +29,15 @@ struct RingBarriers {
 // A warp has read a slot: all its lanes, before one of them says so.
 PROXYATTN_DEVICE void release_slot(uint64_t* empty) {
   __syncwarp();
-  if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(empty);
+  if (leads_warp()) ptx::mbarrier_arrive(empty);
 }
 
 // What the producer wrote beside a slot. One lane reads it for its warp, the one that gives the
 // slot back: its read, its arrival and the producer's next write follow one another.
 PROXYATTN_DEVICE int read_beside(const int& word) {
   int value = 0;
-  if ((threadIdx.x & 31) == 0) value = *const_cast<const volatile int*>(&word);
-  return __shfl_sync(kFullWarp, value, 0);
+  if (leads_warp()) value = *const_cast<const volatile int*>(&word);
+  return __shfl_sync(kAllLanes, value, 0);
 }
 
 // Position in a ring. Phases flip when the slot wraps; a producer starts one phase ahead so that

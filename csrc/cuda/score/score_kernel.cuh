@@ -19,6 +19,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/warp.cuh"
 #include "cuda/score/row_lse_kernel.cuh"
 
 namespace proxyattn::cuda {
@@ -148,7 +149,7 @@ PROXYATTN_DEVICE void merge_subcells(
   const int row_cells = p.chunk_keys / p.block_keys;
   const int num_cells = kScoreTileRows / p.block_rows * row_cells;
   const int pitch = subcell_pitch(p.chunk_keys);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int lane = warp_lane();
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const Op op;
   // All counts are powers of two and a warp's cells exist together, so no lane leaves early.

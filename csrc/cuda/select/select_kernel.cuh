@@ -24,7 +24,7 @@
 
 #include "common/block_grid.h"
 #include "cuda/common/macros.cuh"
-#include "cuda/common/reduce.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda {
 
@@ -170,7 +170,7 @@ struct RowSelector {
     __syncthreads();  // orders the start values before what warps add
     in_any = __reduce_or_sync(kAllLanes, in_any);
     in_all = __reduce_and_sync(kAllLanes, in_all);
-    if (threadIdx.x % kWarpLanes == 0) {
+    if (leads_warp()) {
       atomicOr(&shared.set_in_any, in_any);
       atomicAnd(&shared.set_in_all, in_all);
     }

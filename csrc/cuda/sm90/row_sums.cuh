@@ -12,6 +12,7 @@
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/sm90/logit_traits.h"
 
 namespace proxyattn::cuda::sm90 {
@@ -224,7 +225,7 @@ template <int kBlocks, typename Op>
 PROXYATTN_DEVICE void merge_quad(const float (&values)[2 * kBlocks],
                                  typename QuadValues<kBlocks>::Values& merged,
                                  const Op& op) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int lane = warp_lane();
   const bool upper = (lane & 1) != 0;
   float half[kBlocks];
   PROXYATTN_UNROLL

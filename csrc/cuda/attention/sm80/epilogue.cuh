@@ -12,6 +12,7 @@
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
 namespace proxyattn::cuda::sm80 {

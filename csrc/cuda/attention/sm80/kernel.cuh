@@ -31,6 +31,7 @@
 #include "cuda/common/macros.cuh"
 #include "cuda/common/mask.cuh"
 #include "cuda/common/tile.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
 namespace proxyattn::cuda::sm80 {

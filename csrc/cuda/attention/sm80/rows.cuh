@@ -10,6 +10,7 @@
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda::sm80 {
 

@@ -15,6 +15,7 @@
 #include "cuda/attention/sm90/producer.cuh"
 #include "cuda/attention/sm90/scout.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 

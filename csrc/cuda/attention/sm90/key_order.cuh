@@ -6,8 +6,8 @@
 #include "common/math.h"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/common/macros.cuh"
-#include "cuda/common/reduce.cuh"
 #include "cuda/common/ring.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
@@ -31,15 +31,15 @@ PROXYATTN_DEVICE int steps_of(const Problem& p, int blocks) {
 class BlockWalk {
  public:
   PROXYATTN_DEVICE BlockWalk(const Problem& p, const KeyOrder& order)
-      : p_(p), list_(order.list), ahead_(order.entries[lane()]) {}
+      : p_(p), list_(order.list), ahead_(order.entries[warp_lane()]) {}
 
   // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
   // that names no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is
   // masked.
   PROXYATTN_DEVICE int block(int i, int count) {
     if (list_ == nullptr) return count - 1 - i;
-    if (i > 0 && i % kWarpLanes == 0) ahead_ = load_entry(p_, list_, i + lane());
-    const int entry = __shfl_sync(kFullWarp, ahead_, i % kWarpLanes);
+    if (i > 0 && i % kWarpLanes == 0) ahead_ = load_entry(p_, list_, i + warp_lane());
+    const int entry = __shfl_sync(kAllLanes, ahead_, i % kWarpLanes);
     return static_cast<unsigned>(entry) < static_cast<unsigned>(p_.num_kv_blocks)
                ? entry
                : p_.num_kv_blocks;
@@ -50,8 +50,6 @@ class BlockWalk {
   }
 
  private:
-  static PROXYATTN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
-
   const Problem& p_;
   const int32_t* list_;
   int ahead_;  // lane i holds entry i of the current 32

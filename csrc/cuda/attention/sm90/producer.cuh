@@ -11,6 +11,7 @@
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/common/macros.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 
@@ -50,12 +51,10 @@ class Producer {
     int kv_head;
   };
 
-  static PROXYATTN_DEVICE bool leader() { return (threadIdx.x & 31) == 0; }
-
   // The whole warp goes on together: a lane left behind could find that the phase it waits for and
   // the one after it are both over, and would wait for ever.
   static PROXYATTN_DEVICE void wait(uint64_t* barrier, uint32_t phase, ptx::WaitSite site) {
-    if (leader()) ptx::mbarrier_wait(barrier, phase, site);
+    if (leads_warp()) ptx::mbarrier_wait(barrier, phase, site);
     __syncwarp();
   }
 
@@ -92,7 +91,7 @@ class Producer {
   PROXYATTN_DEVICE void load_key(const Place& place, const Parts& parts) {
     uint64_t* full = &shared_.key_barriers.full[key_.slot];
     wait(&shared_.key_barriers.empty[key_.slot], key_.phase, ptx::WaitSite::kProducerKey);
-    if (leader()) {
+    if (leads_warp()) {
       // The arrival below orders these stores before the consumers' reads.
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = parts[i];
@@ -114,7 +113,7 @@ class Producer {
   PROXYATTN_DEVICE void load_value(const Place& place, const Parts& parts) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     wait(&shared_.value_barriers.empty[value_.slot], value_.phase, ptx::WaitSite::kProducerValue);
-    if (leader()) {
+    if (leads_warp()) {
       expect(full, parts);
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {

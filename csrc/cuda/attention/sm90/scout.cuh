@@ -13,6 +13,7 @@
 #include "cuda/attention/sm90/scheduler.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/common/macros.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 
@@ -37,18 +38,15 @@ class Scout {
                          ptx::WaitSite::kScoutOrder);
       __syncwarp();
       int next = 0;
-      if (leader()) next = atomicAdd(p_.next_tile, 1) + p_.num_teams;
-      tile = __shfl_sync(kFullWarp, next, 0);
+      if (leads_warp()) next = atomicAdd(p_.next_tile, 1) + p_.num_teams;
+      tile = __shfl_sync(kAllLanes, next, 0);
     }
     dismiss();
   }
 
  private:
-  static PROXYATTN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
-  static PROXYATTN_DEVICE bool leader() { return lane() == 0; }
-
   PROXYATTN_DEVICE void wait_query_slot() const {
-    if (leader()) {
+    if (leads_warp()) {
       ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
                          ptx::WaitSite::kScoutQuery);
     }
@@ -62,8 +60,9 @@ class Scout {
     int entry = 0;
     if (list != nullptr) {
       // Fits 32 bits: lanes are few, and rows no more than tokens.
-      const int count = lane() < p_.pair_group ? __ldg(place.counts(p_) + lane() * p_.num_rows) : 0;
-      entry = BlockWalk::load_entry(p_, list, lane());
+      const int count =
+          warp_lane() < p_.pair_group ? __ldg(place.counts(p_) + warp_lane() * p_.num_rows) : 0;
+      entry = BlockWalk::load_entry(p_, list, warp_lane());
       blocks = min(max(count, 0), p_.list_capacity);
     }
     find_heads(place, blocks, heads);
@@ -72,8 +71,8 @@ class Scout {
     const int fewest = heads[1].head == kNoHead ? heads[0].blocks : heads[1].blocks;
     if (p_.rankings && fewest == visible) list = nullptr;
     KeyOrder& order = shared_.order;
-    order.entries[lane()] = entry;
-    if (leader()) {
+    order.entries[warp_lane()] = entry;
+    if (leads_warp()) {
       order.blocks = heads[0].blocks;
       order.batch = place.batch;
       order.kv_head = place.kv_head;
@@ -93,7 +92,7 @@ class Scout {
                                    int blocks,
                                    HeadBlocks (&heads)[2]) const {
     if constexpr (Traits::kHeads == 1) {
-      heads[0] = heads[1] = {place.head, __shfl_sync(kFullWarp, blocks, 0)};
+      heads[0] = heads[1] = {place.head, __shfl_sync(kAllLanes, blocks, 0)};
     } else {
       find_pair(p_, blocks, place.pair, heads);
       PROXYATTN_UNROLL
@@ -106,7 +105,7 @@ class Scout {
   // Publishes the tile; the arrival on `full` makes TileInfo visible to the consumers.
   PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     wait_query_slot();
-    if (leader()) {
+    if (leads_warp()) {
       const int steps = steps_of<Traits>(p_, heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {
@@ -139,10 +138,10 @@ class Scout {
 
   // No tile is left: everybody may go.
   PROXYATTN_DEVICE void dismiss() {
-    if (leader()) shared_.order.blocks = kNoMoreOrders;
+    if (leads_warp()) shared_.order.blocks = kNoMoreOrders;
     pass_order();
     wait_query_slot();
-    if (leader()) {
+    if (leads_warp()) {
       for (TileInfo& info : shared_.tiles[query_.slot]) info.steps = kNoMoreTiles;
       ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
     }

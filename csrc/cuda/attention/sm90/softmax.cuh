@@ -8,6 +8,7 @@
 #include "cuda/common/macros.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
@@ -78,7 +79,7 @@ PROXYATTN_DEVICE bool softmax_step(const float (&s)[Scores],
   exponentiate<Element>(s, state.reference, scale_log2, p, tile_sum);
   PROXYATTN_UNROLL
   for (int r = 0; r < 2; ++r) fits[r] = tile_sum[r] < kLargestTileSum;
-  if (!__all_sync(kFullWarp, fits[0] && fits[1])) return false;
+  if (!__all_sync(kAllLanes, fits[0] && fits[1])) return false;
   state.sum[0] += tile_sum[0];
   state.sum[1] += tile_sum[1];
   return true;
@@ -101,11 +102,11 @@ PROXYATTN_DEVICE void softmax_rebase(const float (&s)[Scores],
     for (int j = 0; j < Scores / 4; ++j) {
       tile_max = fmaxf(tile_max, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
     }
-    tile_max = fmaxf(tile_max, __shfl_xor_sync(kFullWarp, tile_max, 1));
-    tile_max = fmaxf(tile_max, __shfl_xor_sync(kFullWarp, tile_max, 2));
+    tile_max = fmaxf(tile_max, __shfl_xor_sync(kAllLanes, tile_max, 1));
+    tile_max = fmaxf(tile_max, __shfl_xor_sync(kAllLanes, tile_max, 2));
     int stays = fits[r];  // in all four threads of the row
-    stays &= __shfl_xor_sync(kFullWarp, stays, 1);
-    stays &= __shfl_xor_sync(kFullWarp, stays, 2);
+    stays &= __shfl_xor_sync(kAllLanes, stays, 1);
+    stays &= __shfl_xor_sync(kAllLanes, stays, 2);
     const float moved =
         stays ? state.reference[r] : fmaxf(state.reference[r], tile_max * scale_log2);
     // A row that has still seen nothing keeps -inf; any finite reference makes its exponentials 0.
@@ -129,8 +130,8 @@ PROXYATTN_DEVICE void rescale_output(float (&o)[Outputs], const float (&rescale)
 PROXYATTN_DEVICE void sum_rows(RowState& state) {
   PROXYATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
-    state.sum[r] += __shfl_xor_sync(kFullWarp, state.sum[r], 1);
-    state.sum[r] += __shfl_xor_sync(kFullWarp, state.sum[r], 2);
+    state.sum[r] += __shfl_xor_sync(kAllLanes, state.sum[r], 1);
+    state.sum[r] += __shfl_xor_sync(kAllLanes, state.sum[r], 2);
   }
 }
 

@@ -15,6 +15,7 @@
 
 #include "cuda/budget/sm90/problem.h"
 #include "cuda/common/macros.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/logit_tiles.cuh"
@@ -70,29 +71,27 @@ class BudgetConsumer {
   // One product's logits.
   PROXYATTN_DEVICE void operator()(float (&s)[Traits::kLogits], int tile) {
     if ((tile + 1) * kLogitKeys > warp_limit_) {
-      const int limit = p_.causal ? warp_limit_ + lane() / 4 : p_.num_keys;
-      mask_row_logits(s, tile * kLogitKeys + lane() % 4 * 2,
+      const int limit = p_.causal ? warp_limit_ + warp_lane() / 4 : p_.num_keys;
+      mask_row_logits(s, tile * kLogitKeys + warp_lane() % 4 * 2,
                       {min(limit, p_.num_keys), min(limit + 8, p_.num_keys)});
     }
     typename Lane::Values merged;
     sums_.template add<kBlockKeys>(s, p_.factor, [&](int, const typename Tile::PartValues& values) {
       merge_quad<Tile::kBlocks>(values, merged, RowSumOp());
     });
-    const int value = Lane::first(lane());
+    const int value = Lane::first(warp_lane());
     const int block = tile * Tile::kBlocks + value / 2;
     const bool lower = (value & 1) != 0;
     const float lse = ptx::lg2(merged[0]) + (lower ? sums_.reference[1] : sums_.reference[0]);
     // With one block in the tile two lanes hold the same value.
-    const bool mine = Tile::kBlocks > 1 || (lane() & 2) == 0;
+    const bool mine = Tile::kBlocks > 1 || (warp_lane() & 2) == 0;
     if (mine && out_ != nullptr && block < p_.num_kv_blocks) {
-      const int row = lane() / 4 + (lower ? 8 : 0);
+      const int row = warp_lane() / 4 + (lower ? 8 : 0);
       out_[static_cast<int64_t>(block) * p_.head_units * kGroupRows + row] = lse;
     }
   }
 
  private:
-  static PROXYATTN_DEVICE int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
-
   PROXYATTN_DEVICE void begin(const BudgetItem& item) {
     const BudgetRows rows(p_, item.row_tile * Traits::kGroups + group_);
     const int warp_row = rows.row + warp_ * 16;

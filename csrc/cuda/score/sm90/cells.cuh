@@ -8,7 +8,7 @@
 #include <cstdint>
 
 #include "cuda/common/macros.cuh"
-#include "cuda/common/reduce.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/sm90/row_sums.cuh"
 
 namespace proxyattn::cuda::sm90 {

@@ -18,6 +18,7 @@
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/score/sm90/cells.cuh"
 #include "cuda/score/sm90/problem.h"
 
@@ -68,7 +69,7 @@ class ScoreFinisher {
   // `idx` counts row tiles of the pass from the last down, then lists; `block` query blocks of the
   // row tile.
   PROXYATTN_DEVICE ScoreFinisher(const ScoreProblem& p, float* lse, int idx, int block)
-      : p_(p), lse_(lse), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {
+      : p_(p), lse_(lse), lane_(warp_lane()) {
     const int list = idx / p.num_row_tiles;
     const int row_tile = p.first_row_tile + p.num_row_tiles - 1 - idx % p.num_row_tiles;
     first_item_ = list * p.num_list_items + items_behind(row_tile);
