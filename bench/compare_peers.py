@@ -183,6 +183,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sections must be of {', '.join(SECTION_SECONDS)}, got {sorted(unknown)}")
     if args.device == "cuda" and not cuda:
         parser.error("--device must be cpu where torch finds no GPU, got cuda")
+    if not 0.0 <= args.hold < float("inf"):
+        parser.error(f"--hold must be finite and at least 0, got {args.hold}")
     peers = competitors(torch.device(args.device))
     unknown = set(args.without) - peers
     if unknown:

@@ -232,6 +232,8 @@ def test_peers_lists_hold_the_chosen_blocks(monkeypatch):
     [
         ("--sections=dens", "--sections must be of dense"),
         ("--without=nobody", "--without must be of torch SDPA"),
+        ("--hold=-1", "--hold must be finite and at least 0, got -1.0"),
+        ("--hold=nan", "--hold must be finite and at least 0, got nan"),
     ],
 )
 def test_peers_names_wrong_options(option, error):

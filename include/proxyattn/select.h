@@ -33,7 +33,8 @@ struct SelectParams {
   bool causal;
 
   // Of a list that all its heads read to the end the order is nobody's question: true lets it be
-  // any, and the row's peaks are not read.
+  // any, and the row's peaks are not read. Among such rows are all that ScoreParams::budgets lets
+  // score_blocks leave out.
   bool complete_lists_unordered = false;
 };
 
