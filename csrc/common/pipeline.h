@@ -275,7 +275,7 @@ SelectParams Pipeline<Stages>::select_params(const BlockRange& rows) const {
   s.shares = coverage() ? at<double>(shares_) : nullptr;
   s.budget_mode = p_.budget_mode;
   s.causal = p_.causal;
-  s.complete_lists_unordered = !coverage();
+  s.only_prefixes = !coverage();  // which finds its prefixes by rank
   return s;
 }
 

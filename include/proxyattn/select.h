@@ -32,10 +32,10 @@ struct SelectParams {
   BudgetMode budget_mode;
   bool causal;
 
-  // Of a list that all its heads read to the end the order is nobody's question: true lets it be
-  // any, and the row's peaks are not read. Among such rows are all that ScoreParams::budgets lets
-  // score_blocks leave out.
-  bool complete_lists_unordered = false;
+  // Whether a ranking need only be in order as far as prefixes that heads read end in it; behind
+  // the longest of those, one to the end of the list not counted, the blocks may stand in any
+  // order. Where no place need be in order the row's peaks are not read.
+  bool only_prefixes = false;
 };
 
 namespace cpu {

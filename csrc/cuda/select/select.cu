@@ -49,7 +49,7 @@ SelectArgs make_args(const SelectParams& p) {
   args.num_blocks = args.grid.num_kv_blocks();
   args.list_heads = p.q_heads / p.proxy_heads;
   args.min_blocks = ceil_div(min_of(p.min_budget, p.kv_len), p.kv_block);
-  args.complete_lists_unordered = p.complete_lists_unordered;
+  args.only_prefixes = p.only_prefixes;
   args.peak = p.peak;
   args.mass = p.mass;
   args.budgets = p.budgets;

@@ -9,6 +9,9 @@
 // sort is stable and is given the blocks from the latest down, so of equal peaks the later block
 // comes first. Each thread holds kItems keys; rows are launched in classes by their length.
 //
+// Where only the first places need be in order, the key of the last of them is found bit by bit,
+// and what is not behind it sorted by itself.
+//
 // Coverage then needs sums of the mass over prefixes of the ranking. Each thread adds the masses
 // of a run of neighbouring places in double, a block scan adds up the runs, and one thread per
 // head finds its run by bisection and walks it. The order of the additions depends on the number
@@ -43,7 +46,7 @@ struct SelectArgs {
   int64_t num_blocks;  // key blocks
   int64_t list_heads;  // query heads that read one list
   int64_t min_blocks;
-  bool complete_lists_unordered;
+  bool only_prefixes;
   const float* peak;
   const float* mass;  // null unless coverage
   const int32_t* budgets;
@@ -111,6 +114,13 @@ struct RowSelector {
   using Sort = cub::BlockRadixSort<uint32_t, kThreads, kItems, uint16_t, kRadixBits>;
   using Scan = cub::BlockScan<double, kThreads>;
 
+  static constexpr int kAllItems = kItems * kParts;
+  // As many first places are sorted by themselves.
+  static constexpr int kTopItems = max_of(1, kAllItems / 8);
+  static constexpr int kTopSize = kThreads * kTopItems;
+  using TopSort = cub::BlockRadixSort<uint32_t, kThreads, kTopItems, uint16_t, kRadixBits>;
+  using TopScan = cub::BlockScan<uint32_t, kThreads>;
+
   struct PrefixSums {
     typename Scan::TempStorage scan;
     double before[kThreads];  // mass of the places before each thread's run
@@ -119,15 +129,26 @@ struct RowSelector {
     uint32_t keys[kParts == 1 ? 1 : kPartSize];
     uint16_t places[kParts == 1 ? 1 : kPartSize];
   };
+  struct Top {
+    uint32_t keys[kTopSize];
+    uint16_t places[kTopSize];
+  };
   struct Shared {
     union {
       typename Sort::TempStorage sort;
+      typename TopSort::TempStorage top_sort;
+      typename TopScan::TempStorage top_scan;
       uint32_t second_keys[kParts == 1 ? 1 : kPartSize];
       PrefixSums sums;
     };
-    FirstPart first;
+    union {
+      FirstPart first;
+      Top top;
+    };
     uint32_t set_in_any;  // bits of the keys
     uint32_t set_in_all;
+    int smaller[32];  // keys below the threshold that each bit was tried with
+    int longest;      // prefix that must be in order
   };
 
   const SelectArgs& args;
@@ -223,6 +244,124 @@ struct RowSelector {
     }
   }
 
+  // Blocks that a head reads; at least one.
+  PROXYATTN_DEVICE int64_t clamp_count(int64_t blocks) const {
+    const int64_t least = max_of<int64_t>(1, row.forced.count());
+    return min_of<int64_t>(max_of(max_of(blocks, args.min_blocks), least), row.visible);
+  }
+
+  // First places that must be in order.
+  PROXYATTN_DEVICE int ordered_places() const {
+    if (!args.only_prefixes) return row.visible;
+    if (threadIdx.x == 0) shared.longest = 0;
+    __syncthreads();  // orders the start value before what threads find
+    for (int64_t i = threadIdx.x; i < args.list_heads; i += kThreads) {
+      const int64_t count = clamp_count(args.budgets[row.list * args.list_heads + i]);
+      if (count < row.visible) atomicMax(&shared.longest, static_cast<int>(count));
+    }
+    __syncthreads();  // all have been found
+    return shared.longest;
+  }
+
+  // Adds up over the thread block; each counter serves once.
+  PROXYATTN_DEVICE int add_up(int* counter, int count) const {
+    count = __reduce_add_sync(kAllLanes, count);
+    if (leads_warp()) atomicAdd(counter, count);
+    __syncthreads();  // all warps have added
+    return *counter;
+  }
+
+  // The key that `wanted` - 1 keys or fewer are below and `wanted` or more not above. Sets `below`.
+  PROXYATTN_DEVICE uint32_t find_last_key(const uint32_t (&keys)[kAllItems],
+                                          int wanted,
+                                          int num_bits,
+                                          uint32_t common,
+                                          int& below) const {
+    uint32_t last = num_bits == 32 ? 0u : common >> num_bits << num_bits;
+    below = 0;
+    PROXYATTN_NO_UNROLL
+    for (int bit = num_bits - 1; bit >= 0; --bit) {
+      const uint32_t tried = last | 1u << bit;
+      int smaller = 0;
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kAllItems; ++i) smaller += keys[i] < tried;
+      smaller = add_up(&shared.smaller[bit], smaller);
+      if (smaller < wanted) {
+        last = tried;
+        below = smaller;
+      }
+    }
+    return last;
+  }
+
+  // Puts the first `wanted` free blocks in order and the others behind them, as they stand.
+  PROXYATTN_DEVICE void rank_top(int32_t* ranking, int num_free, int wanted) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int first_place = thread * kAllItems;
+    uint32_t keys[kAllItems];
+    uint32_t in_any = 0;
+    uint32_t in_all = ~0u;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kAllItems; ++i) {
+      keys[i] = kPadding;
+      if (first_place + i >= num_free) continue;
+      keys[i] = falling_key(row.peak[block_at_place(first_place + i)]);
+      in_any |= keys[i];
+      in_all &= keys[i];
+    }
+    if (thread < 32) shared.smaller[thread] = 0;  // ordered by the barriers of unlike_bits
+    const int num_bits = unlike_bits(in_any, in_all);
+    int below;
+    const uint32_t last = find_last_key(keys, wanted, num_bits, shared.set_in_all, below);
+
+    // Of keys like the last one those of the first places are taken. Two counts in one word.
+    constexpr int kHalf = 16;
+    const uint32_t kLow = (1u << kHalf) - 1;
+    uint32_t mine = 0;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kAllItems; ++i) {
+      mine +=
+          static_cast<uint32_t>(keys[i] < last) + (static_cast<uint32_t>(keys[i] == last) << kHalf);
+    }
+    uint32_t before;
+    TopScan(shared.top_scan).ExclusiveSum(mine, before);
+    int smaller = static_cast<int>(before & kLow);
+    int alike = static_cast<int>(before >> kHalf);
+    const int wanted_alike = wanted - below;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kAllItems; ++i) {
+      const int place = first_place + i;
+      const int taken = smaller + min(alike, wanted_alike);
+      if (keys[i] < last || (keys[i] == last && alike < wanted_alike)) {
+        shared.top.keys[taken] = keys[i];
+        shared.top.places[taken] = static_cast<uint16_t>(place);
+      } else if (place < num_free) {
+        ranking[wanted + place - taken] = block_at_place(place);
+      }
+      smaller += keys[i] < last;
+      alike += keys[i] == last;
+    }
+    __syncthreads();  // shared.top is written, and the scan's scratch is free
+    sort_top(ranking, wanted, num_bits);
+  }
+
+  PROXYATTN_DEVICE void sort_top(int32_t* ranking, int wanted, int num_bits) const {
+    uint32_t keys[kTopItems];
+    uint16_t places[kTopItems];
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kTopItems; ++i) {
+      const int idx = static_cast<int>(threadIdx.x) * kTopItems + i;
+      keys[i] = idx < wanted ? shared.top.keys[idx] : kPadding;
+      places[i] = idx < wanted ? shared.top.places[idx] : 0;
+    }
+    TopSort(shared.top_sort).SortBlockedToStriped(keys, places, 0, num_bits);
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kTopItems; ++i) {
+      const int rank = i * kThreads + static_cast<int>(threadIdx.x);
+      if (rank < wanted) ranking[rank] = block_at_place(places[i]);
+    }
+  }
+
   PROXYATTN_DEVICE void rank() const {
     const int thread = static_cast<int>(threadIdx.x);
     const int num_forced = static_cast<int>(row.forced.count());
@@ -231,30 +370,17 @@ struct RowSelector {
     }
     for (int64_t i = row.visible + thread; i < args.num_blocks; i += kThreads) row.ranking[i] = -1;
 
+    int32_t* ranking = row.ranking + num_forced;
     const int num_free = row.visible - num_forced;
-    if (num_free == 0) return;
-    if constexpr (kParts == 1) {
-      rank_one_part(row.ranking + num_forced, num_free);
+    const int wanted = ordered_places() - num_forced;  // of the free blocks
+    if (wanted <= 0) {
+      for (int i = thread; i < num_free; i += kThreads) ranking[i] = block_at_place(i);
+    } else if constexpr (kParts == 2) {
+      rank_two_parts(ranking, num_free);
+    } else if (wanted <= kTopSize && wanted < num_free / 2) {
+      rank_top(ranking, num_free, wanted);
     } else {
-      rank_two_parts(row.ranking + num_forced, num_free);
-    }
-  }
-
-  // Whether all heads of the list read every visible block.
-  PROXYATTN_DEVICE bool is_complete() const {
-    const int64_t least = max_of<int64_t>(args.min_blocks, row.forced.count());
-    bool complete = true;
-    for (int64_t i = threadIdx.x; i < args.list_heads; i += kThreads) {
-      complete &=
-          max_of<int64_t>(args.budgets[row.list * args.list_heads + i], least) >= row.visible;
-    }
-    return __syncthreads_and(complete);
-  }
-
-  // All visible blocks from the last down, as dense attention reads them.
-  PROXYATTN_DEVICE void list_all() const {
-    for (int64_t i = threadIdx.x; i < args.num_blocks; i += kThreads) {
-      row.ranking[i] = i < row.visible ? row.visible - 1 - static_cast<int>(i) : -1;
+      rank_one_part(ranking, num_free);
     }
   }
 
@@ -307,10 +433,7 @@ struct RowSelector {
   }
 
   PROXYATTN_DEVICE void store_count(int64_t head, int64_t blocks) const {
-    const int64_t least = max_of<int64_t>(1, row.forced.count());
-    blocks = max_of(max_of(blocks, args.min_blocks), least);
-    args.counts[head * args.num_rows + row.idx] =
-        static_cast<int32_t>(min_of<int64_t>(blocks, row.visible));
+    args.counts[head * args.num_rows + row.idx] = static_cast<int32_t>(clamp_count(blocks));
   }
 
   PROXYATTN_DEVICE void count(bool sets_shares) const {
@@ -342,11 +465,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // orders the row's facts before their readers
   const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes),
                           *reinterpret_cast<const Row*>(row_bytes)};
-  if (args.complete_lists_unordered && selector.is_complete()) {
-    selector.list_all();
-  } else {
-    selector.rank();
-  }
+  selector.rank();
   selector.count(rows.sets_shares);
 }
 
