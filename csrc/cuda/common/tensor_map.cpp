@@ -39,6 +39,42 @@ int64_t stride_bytes(int64_t size, int64_t stride) {
   return size == 1 ? kAlignment : stride * kElementBytes;
 }
 
+struct Dimension {
+  int64_t size;
+  int64_t box;
+  int64_t stride;  // bytes
+};
+
+CUtensorMap encode(const char* op,
+                   const void* data,
+                   DType dtype,
+                   const Dimension (&dimensions)[kRank]) {
+  cuuint64_t sizes[kRank];
+  cuuint64_t strides[kRank];
+  cuuint32_t box[kRank];
+  cuuint32_t steps[kRank];
+  for (int i = 0; i < kRank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(dimensions[i].size);
+    strides[i] = static_cast<cuuint64_t>(dimensions[i].stride);
+    box[i] = static_cast<cuuint32_t>(dimensions[i].box);
+    steps[i] = 1;
+  }
+  CUtensorMap map;
+  // The innermost stride is the size of an element: the encoder wants those behind it.
+  const CUresult result =
+      encoder(op)(&map,
+                  dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  kRank, const_cast<void*>(data), sizes, strides + 1, box, steps,
+                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw CudaError(
+        join_message(op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result)));
+  }
+  return map;
+}
+
 }  // namespace
 
 bool tensor_map_fits(const void* data, const TensorSizes& sizes, const TokenStrides& strides) {
@@ -57,30 +93,29 @@ CUtensorMap make_tensor_map(const char* op,
                             const TensorSizes& sizes,
                             const TokenStrides& strides,
                             const TensorBox& box) {
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t dims[kRank] = {kTensorBoxColumns, size(sizes.tokens),
-                                  size(sizes.head_dim / kTensorBoxColumns), size(sizes.heads),
-                                  size(sizes.batch)};
-  const cuuint64_t byte_strides[kRank - 1] = {size(stride_bytes(sizes.tokens, strides.token)),
-                                              kTensorBoxColumns * kElementBytes,
-                                              size(stride_bytes(sizes.heads, strides.head)),
-                                              size(stride_bytes(sizes.batch, strides.batch))};
-  const cuuint32_t box_dims[kRank] = {kTensorBoxColumns, static_cast<cuuint32_t>(box.rows),
-                                      static_cast<cuuint32_t>(box.boxes), 1, 1};
-  const cuuint32_t steps[kRank] = {1, 1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      encoder(op)(&map,
-                  dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                            : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  kRank, const_cast<void*>(data), dims, byte_strides, box_dims, steps,
-                  CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw CudaError(
-        join_message(op, ": cuTensorMapEncodeTiled failed with error ", static_cast<int>(result)));
-  }
-  return map;
+  return encode(op, data, dtype,
+                {{kTensorBoxColumns, kTensorBoxColumns, kElementBytes},
+                 {sizes.tokens, box.rows, stride_bytes(sizes.tokens, strides.token)},
+                 {sizes.head_dim / kTensorBoxColumns, box.boxes, kTensorBoxColumns * kElementBytes},
+                 {sizes.heads, 1, stride_bytes(sizes.heads, strides.head)},
+                 {sizes.batch, 1, stride_bytes(sizes.batch, strides.batch)}});
+}
+
+CUtensorMap make_run_map(const char* op,
+                         const void* data,
+                         DType dtype,
+                         const TensorSizes& sizes,
+                         const TokenStrides& strides,
+                         const RunBox& box) {
+  // At least one, which nobody loads, as a map of nothing is not valid.
+  const int64_t runs = max_of<int64_t>(1, sizes.tokens / box.run_tokens);
+  const int64_t token = stride_bytes(sizes.tokens, strides.token);
+  return encode(op, data, dtype,
+                {{sizes.head_dim, kTensorBoxColumns, kElementBytes},
+                 {runs, box.runs, box.run_tokens * token},
+                 {box.run_tokens, box.run_tokens, token},
+                 {sizes.heads, 1, stride_bytes(sizes.heads, strides.head)},
+                 {sizes.batch, 1, stride_bytes(sizes.batch, strides.batch)}});
 }
 
 }  // namespace proxyattn::cuda

@@ -36,4 +36,19 @@ CUtensorMap make_tensor_map(const char* op,
                             const TokenStrides& strides,
                             const TensorBox& box);
 
+// A tile of tokens in runs: `runs` runs of `run_tokens` neighbours.
+struct RunBox {
+  int run_tokens;
+  int runs;
+};
+
+// Dimensions, innermost first: columns, runs, tokens of a run, heads, batch; boxes are 64 columns
+// wide. A last run that is not whole is left out.
+CUtensorMap make_run_map(const char* op,
+                         const void* data,
+                         DType dtype,
+                         const TensorSizes& sizes,
+                         const TokenStrides& strides,
+                         const RunBox& box);
+
 }  // namespace proxyattn::cuda

@@ -1,5 +1,5 @@
 // The products of the sm90 kernels that want logits: rings of query and key tiles in shared memory,
-// the producer's loads into them, and the consumers' loop over them.
+// the loads into them, and the consumers' loop over them.
 //
 // A consumer computes one product at a time and then consumes it: what keeps the tensor cores busy
 // meanwhile are the products of the other warpgroups.
@@ -12,6 +12,7 @@
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/sm90/key_maps.h"
 #include "cuda/sm90/logit_traits.h"
 
 namespace proxyattn::cuda::sm90 {
@@ -51,64 +52,87 @@ PROXYATTN_DEVICE void issue_logits(float (&s)[Traits::kLogits], uint64_t query, 
   }
 }
 
-// Fills the rings; one thread.
+// Fills the ring of query tiles; one thread.
 template <typename Traits>
-class LogitLoader {
+class QueryLoader {
  public:
-  PROXYATTN_DEVICE LogitLoader(LogitStorage<Traits>& shared,
-                               const CUtensorMap& q_map,
-                               const CUtensorMap& k_map)
-      : shared_(shared), q_map_(q_map), k_map_(k_map) {
-    query_.phase = key_.phase = 1;
+  PROXYATTN_DEVICE QueryLoader(LogitStorage<Traits>& shared, const CUtensorMap& map)
+      : shared_(shared), map_(map) {
+    ring_.phase = 1;
   }
 
-  PROXYATTN_DEVICE void wait_query() {
-    ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
+  PROXYATTN_DEVICE void wait_slot() {
+    ptx::mbarrier_wait(&shared_.query_barriers.empty[ring_.slot], ring_.phase,
                        ptx::WaitSite::kProducerQuery);
   }
 
-  PROXYATTN_DEVICE int query_slot() const { return query_.slot; }
+  PROXYATTN_DEVICE int slot() const { return ring_.slot; }
 
-  // The row tile in the slot that wait_query() waited for. place(group) names the head and first
-  // row of each warpgroup's rows.
+  // The row tile in the slot that wait_slot() waited for. place(group) names the head and first row
+  // of each warpgroup's rows.
   template <typename Place>
-  PROXYATTN_DEVICE void load_query(int batch, const Place& place) {
-    uint64_t* full = &shared_.query_barriers.full[query_.slot];
+  PROXYATTN_DEVICE void load(int batch, const Place& place) {
+    uint64_t* full = &shared_.query_barriers.full[ring_.slot];
     ptx::mbarrier_arrive_expect(full, Traits::kQueryTileBytes);
     PROXYATTN_NO_UNROLL
     for (int i = 0; i < Traits::kGroups; ++i) {
       const int2 head_and_row = place(i);
-      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kGroupBytes, &q_map_, full, 0,
+      ptx::tma_load(shared_.query[ring_.slot] + i * Traits::kGroupBytes, &map_, full, 0,
                     head_and_row.y, 0, head_and_row.x, batch, ptx::kEvictNormal);
     }
-    query_.next();
+    ring_.next();
   }
 
   // Passes a slot on without a tile in it.
-  PROXYATTN_DEVICE void skip_query() {
-    ptx::mbarrier_arrive(&shared_.query_barriers.full[query_.slot]);
-    query_.next();
-  }
-
-  PROXYATTN_DEVICE void load_keys(int batch, int head, int first_tile, int num_tiles) {
-    PROXYATTN_NO_UNROLL
-    for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
-      uint64_t* full = &shared_.key_barriers.full[key_.slot];
-      ptx::mbarrier_wait(&shared_.key_barriers.empty[key_.slot], key_.phase,
-                         ptx::WaitSite::kProducerKey);
-      ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
-      ptx::tma_load(shared_.key[key_.slot], &k_map_, full, 0, tile * kLogitKeys, 0, head, batch,
-                    ptx::kEvictNormal);
-      key_.next();
-    }
+  PROXYATTN_DEVICE void skip() {
+    ptx::mbarrier_arrive(&shared_.query_barriers.full[ring_.slot]);
+    ring_.next();
   }
 
  private:
   LogitStorage<Traits>& shared_;
-  const CUtensorMap& q_map_;
-  const CUtensorMap& k_map_;
-  Ring<Traits::kQueryStages> query_;
-  Ring<Traits::kKeyStages> key_;
+  const CUtensorMap& map_;
+  Ring<Traits::kQueryStages> ring_;
+};
+
+// Fills the ring of key tiles, in the order that key_maps.h describes; one thread.
+template <typename Traits>
+class KeyLoader {
+ public:
+  PROXYATTN_DEVICE KeyLoader(LogitStorage<Traits>& shared, const KeyMaps& maps)
+      : shared_(shared), maps_(maps) {
+    ring_.phase = 1;
+  }
+
+  PROXYATTN_DEVICE void load(int batch, int head, int first_tile, int num_tiles) {
+    PROXYATTN_NO_UNROLL
+    for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
+      uint64_t* full = &shared_.key_barriers.full[ring_.slot];
+      ptx::mbarrier_wait(&shared_.key_barriers.empty[ring_.slot], ring_.phase,
+                         ptx::WaitSite::kProducerKey);
+      ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
+      if (tile < maps_.num_whole) {
+        load_whole(full, batch, head, tile);
+      } else {
+        ptx::tma_load(shared_.key[ring_.slot], &maps_.ragged, full, 0, tile * kLogitKeys, 0, head,
+                      batch, ptx::kEvictNormal);
+      }
+      ring_.next();
+    }
+  }
+
+ private:
+  PROXYATTN_DEVICE void load_whole(uint64_t* full, int batch, int head, int tile) {
+    PROXYATTN_NO_UNROLL
+    for (int box = 0; box < Traits::kBoxes; ++box) {
+      ptx::tma_load(shared_.key[ring_.slot] + box * Traits::kKeyBoxBytes, &maps_.whole, full,
+                    box * kTensorBoxColumns, tile * kTileRuns, 0, head, batch, ptx::kEvictNormal);
+    }
+  }
+
+  LogitStorage<Traits>& shared_;
+  const KeyMaps& maps_;
+  Ring<Traits::kKeyStages> ring_;
 };
 
 // A consumer warpgroup's side of the rings.
@@ -139,18 +163,20 @@ class LogitStream {
     const uint64_t query = query_descriptor_ + query_.slot * logit_step(Traits::kQueryTileBytes);
     PROXYATTN_NO_UNROLL
     for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
-      ptx::mbarrier_wait(&shared_.key_barriers.full[key_.slot], key_.phase,
-                         ptx::WaitSite::kConsumerKey);
+      // Through a shuffle, so that the compiler knows it, and with it the descriptors, to be
+      // uniform in a warp: otherwise it moves each to uniform registers between the products.
+      const int slot = __shfl_sync(kAllLanes, key_.slot, 0);
+      ptx::mbarrier_wait(&shared_.key_barriers.full[slot], key_.phase, ptx::WaitSite::kConsumerKey);
       float s[Traits::kLogits];
       ptx::pin(s);
       ptx::wgmma_fence();
       issue_logits<Traits>(
           s, query,
-          ptx::move_descriptor(key_descriptor_, key_.slot * logit_step(Traits::kKeyTileBytes)));
+          ptx::move_descriptor(key_descriptor_, slot * logit_step(Traits::kKeyTileBytes)));
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::pin(s);
-      release_slot(&shared_.key_barriers.empty[key_.slot]);
+      release_slot(&shared_.key_barriers.empty[slot]);
       key_.next();
       consume(s, tile);
     }

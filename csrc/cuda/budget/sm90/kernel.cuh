@@ -18,6 +18,7 @@
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
+#include "cuda/sm90/lane_keys.cuh"
 #include "cuda/sm90/logit_tiles.cuh"
 #include "cuda/sm90/row_sums.cuh"
 
@@ -30,25 +31,25 @@ struct __align__(1024) BudgetStorage {
 
 template <typename Traits>
 PROXYATTN_DEVICE void load_budget_items(const BudgetProblem& p, BudgetStorage<Traits>& shared) {
-  LogitLoader<Traits> loader(shared.logits, p.q_map, p.k_map);
+  QueryLoader<Traits> queries(shared.logits, p.q_map);
+  KeyLoader<Traits> keys(shared.logits, p.keys);
   for (int idx = blockIdx.x; idx < p.num_items; idx += gridDim.x) {
     const BudgetItem item = BudgetItem::make(p, idx);
-    loader.wait_query();
-    loader.load_query(item.batch, [&](int i) {
+    queries.wait_slot();
+    queries.load(item.batch, [&](int i) {
       const BudgetRows rows(p, item.row_tile * Traits::kGroups + i);
       // Behind the last head there is nothing to load, but the bytes must arrive.
       const int head = min(rows.head, p.group_heads - 1);
       return make_int2(item.kv_head * p.group_heads + head, p.first_query + rows.row);
     });
-    loader.load_keys(item.batch, item.kv_head, item.first_tile, item.num_tiles);
+    keys.load(item.batch, item.kv_head, item.first_tile, item.num_tiles);
   }
 }
 
 template <typename Traits, int kBlockKeys>
 class BudgetConsumer {
-  using Tile = TileBlocks<kBlockKeys>;
-  using Lane = QuadValues<Tile::kBlocks>;
-  static_assert(Lane::kCount == 1);
+  using Blocks = LaneBlocks<kBlockKeys>;
+  static_assert(!Blocks::kBothRows);
 
  public:
   PROXYATTN_DEVICE BudgetConsumer(const BudgetProblem& problem,
@@ -69,25 +70,24 @@ class BudgetConsumer {
   }
 
   // One product's logits.
-  PROXYATTN_DEVICE void operator()(float (&s)[Traits::kLogits], int tile) {
+  PROXYATTN_DEVICE void operator()(float (&s)[kLaneLogits], int tile) {
+    if (tile >= p_.keys.num_whole) gather_lane_keys(s);
     if ((tile + 1) * kLogitKeys > warp_limit_) {
       const int limit = p_.causal ? warp_limit_ + warp_lane() / 4 : p_.num_keys;
-      mask_row_logits(s, tile * kLogitKeys + warp_lane() % 4 * 2,
+      mask_row_logits(s, tile * kLogitKeys + first_lane_key(),
                       {min(limit, p_.num_keys), min(limit + 8, p_.num_keys)});
     }
-    typename Lane::Values merged;
-    sums_.template add<kBlockKeys>(s, p_.factor, [&](int, const typename Tile::PartValues& values) {
-      merge_quad<Tile::kBlocks>(values, merged, RowSumOp());
-    });
-    const int value = Lane::first(warp_lane());
-    const int block = tile * Tile::kBlocks + value / 2;
-    const bool lower = (value & 1) != 0;
-    const float lse = ptx::lg2(merged[0]) + (lower ? sums_.reference[1] : sums_.reference[0]);
+    typename Blocks::Values values;
+    typename Blocks::Merged merged;
+    sums_.template add<kBlockKeys>(s, p_.factor, values);
+    Blocks::merge(values, merged, RowSumOp());
+    const int block = tile * Blocks::kTileBlocks + Blocks::block(warp_lane(), 0);
+    const int row = Blocks::row(warp_lane(), 0);
     // With one block in the tile two lanes hold the same value.
-    const bool mine = Tile::kBlocks > 1 || (warp_lane() & 2) == 0;
+    const bool mine = Blocks::kTileBlocks > 1 || (warp_lane() & 2) == 0;
     if (mine && out_ != nullptr && block < p_.num_kv_blocks) {
-      const int row = warp_lane() / 4 + (lower ? 8 : 0);
-      out_[static_cast<int64_t>(block) * p_.head_units * kGroupRows + row] = lse;
+      out_[static_cast<int64_t>(block) * p_.head_units * kGroupRows + warp_lane() / 4 + 8 * row] =
+          ptx::lg2(merged[0]) + sums_.reference_of(row);
     }
   }
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&problem.q_map);
-    ptx::prefetch_tensor_map(&problem.k_map);
+    ptx::prefetch_tensor_map(&problem.keys.whole);
     shared.logits.init();
     ptx::mbarrier_init_fence();
   }

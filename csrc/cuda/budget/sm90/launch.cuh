@@ -21,11 +21,10 @@ inline constexpr const char* kBudgetOp = "estimate_budgets";
 template <typename Traits>
 BudgetProblem make_budget_problem(const BudgetParams& b, int multiprocessors) {
   BudgetProblem p{};
-  const int boxes = Traits::kBoxes;
   p.q_map = make_tensor_map(kBudgetOp, b.q, b.dtype, {b.q_len, b.head_dim, b.q_heads, b.batch},
-                            b.q_strides, {kGroupRows, boxes});
-  p.k_map = make_tensor_map(kBudgetOp, b.k, b.dtype, {b.kv_len, b.head_dim, b.kv_heads, b.batch},
-                            b.k_strides, {kLogitKeys, boxes});
+                            b.q_strides, {kGroupRows, Traits::kBoxes});
+  p.keys = make_key_maps(kBudgetOp, b.k, b.dtype, {b.kv_len, b.head_dim, b.kv_heads, b.batch},
+                         b.k_strides);
   const BudgetLayout layout(b);
   p.block_lse = layout.block_lse;
   p.kv_heads = static_cast<int>(b.kv_heads);

@@ -5,6 +5,7 @@
 
 #include "cuda/budget/dispatch.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sm90/key_maps.h"
 
 namespace proxyattn::cuda::sm90 {
 namespace {
@@ -17,7 +18,7 @@ bool block_lse_fits(const BudgetParams& p) {
   const bool counted = p.kv_len <= kMaxCount && p.q_len <= kMaxCount && -kMaxCount <= p.q_offset &&
                        p.q_offset <= kMaxCount && p.batch * p.q_heads <= kMaxCount / (p.kv_len + 1);
   return counted && tensor_map_fits(p.q, {p.q_len, p.head_dim, p.q_heads, p.batch}, p.q_strides) &&
-         tensor_map_fits(p.k, {p.kv_len, p.head_dim, p.kv_heads, p.batch}, p.k_strides);
+         key_maps_fit(p.k, {p.kv_len, p.head_dim, p.kv_heads, p.batch}, p.k_strides);
 }
 
 }  // namespace proxyattn::cuda::sm90

@@ -10,13 +10,14 @@
 #include <cuda.h>
 
 #include "common/math.h"
+#include "cuda/sm90/key_maps.h"
 #include "cuda/sm90/logit_config.h"
 
 namespace proxyattn::cuda::sm90 {
 
 struct BudgetProblem {
   CUtensorMap q_map;  // [batch, q_heads, head_dim / 64, q_len, 64], 64 rows
-  CUtensorMap k_map;  // [batch, kv_heads, head_dim / 64, kv_len, 64], 128 rows
+  KeyMaps keys;       // [batch, kv_heads, kv_len, head_dim]
 
   float* block_lse;  // [batch * q_heads, kv_blocks, q_block]
 

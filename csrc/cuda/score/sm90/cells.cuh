@@ -1,31 +1,25 @@
 // What consumers leave in scratch for each row and key block, and in which layout.
 //
-// Four lanes hold a row of a tile; after merge_quad each holds QuadValues::kCount values of a part.
-// A warp's values of one key tile lie together, lane by lane, so that it stores and a finisher
-// loads whole cache lines: [key tile][row group of 16 rows][part][lane][value].
+// Each lane of a warp holds LaneBlocks::kCount values of a tile. A warp's values of one key tile
+// lie together, lane by lane, so that it stores and a finisher loads whole cache lines: [key
+// tile][row group of 16 rows][lane][value].
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
-#include "cuda/sm90/row_sums.cuh"
+#include "cuda/sm90/lane_keys.cuh"
 
 namespace proxyattn::cuda::sm90 {
 
 inline constexpr int kRowGroup = 16;  // rows of a warp
 
+// Floats of a row group in one key tile.
 template <int kBlockKeys>
-struct CellLayout {
-  using Tile = TileBlocks<kBlockKeys>;
-  using Lane = QuadValues<Tile::kPartBlocks>;
-  static constexpr int kBlocks = Tile::kBlocks;
-  static constexpr int kParts = Tile::kParts;
-  static constexpr int kPartFloats = kWarpLanes * Lane::kCount;
-  static constexpr int kGroupFloats = kParts * kPartFloats;
-};
+inline constexpr int kGroupFloats = kWarpLanes * LaneBlocks<kBlockKeys>::kCount;
 
-// One lane's values of a part, as one vector.
+// One lane's values, as one vector.
 template <int kCount>
 PROXYATTN_DEVICE void store_values(float* to, const float (&values)[kCount]) {
   if constexpr (kCount == 1) {

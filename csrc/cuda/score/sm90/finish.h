@@ -13,6 +13,6 @@ inline constexpr const char* kScoreOp = "score_blocks";
 
 // Makes the pass's cells of what score_kernel left in scratch. block_keys: sampled keys of a whole
 // key block.
-void finish_scores(const ScoreProblem& problem, int64_t lists, int block_keys, Stream stream);
+void finish_scores(const ScoreProblem& problem, int block_keys, Stream stream);
 
 }  // namespace proxyattn::cuda::sm90

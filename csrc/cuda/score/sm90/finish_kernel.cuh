@@ -54,15 +54,11 @@ struct MassCell {
 
 template <int kBlockKeys>
 class ScoreFinisher {
-  using Layout = CellLayout<kBlockKeys>;
-  static constexpr int kBlocks = Layout::kBlocks;
-  static constexpr int kParts = Layout::kParts;
-  static constexpr int kCount = Layout::Lane::kCount;
-  static constexpr int kPartCells = max_of(1, kCount / 2);  // of one part in a lane
-  static constexpr int kTileCells = kParts * kPartCells;    // of one key tile in a lane
-  static constexpr int kLaneCells = 8;                      // one for each row of eight
-  static constexpr int kTiles = kLaneCells / kTileCells;    // key tiles at a time
-  static constexpr int kStepCells = kTiles * kBlocks;
+  using Blocks = LaneBlocks<kBlockKeys>;
+  static constexpr int kTileCells = Blocks::kBlocks;      // of one key tile in a lane
+  static constexpr int kLaneCells = 8;                    // one for each row of eight
+  static constexpr int kTiles = kLaneCells / kTileCells;  // key tiles at a time
+  static constexpr int kStepCells = kTiles * Blocks::kTileBlocks;
   static_assert(kFinishCells % kStepCells == 0);
 
  public:
@@ -70,21 +66,22 @@ class ScoreFinisher {
   // row tile.
   PROXYATTN_DEVICE ScoreFinisher(const ScoreProblem& p, float* lse, int idx, int block)
       : p_(p), lse_(lse), lane_(warp_lane()) {
-    const int list = idx / p.num_row_tiles;
+    const int pass_list = idx / p.num_row_tiles;
+    const int list = p.first_list + pass_list;
     const int row_tile = p.first_row_tile + p.num_row_tiles - 1 - idx % p.num_row_tiles;
-    first_item_ = list * p.num_list_items + items_behind(row_tile);
+    first_slot_ = pass_list * p.num_list_slots + slots_behind(row_tile);
     num_chunks_ = p.num_chunks(row_tile);
     end_tile_ = p.visible_tiles(row_tile);
     tile_row_ = row_tile * p.tile_rows;
     block_row_ = block * p.block_rows;
-    rows_ = min(p.block_rows, p.num_rows - tile_row_ - block_row_);
     const int q_block = tile_row_ / p.block_rows + block;
-    unscored_ = q_block < p.first_scored_block(list);
+    const bool is_scored = q_block >= p.first_scored_block(list);
+    rows_ = is_scored ? min(p.block_rows, p.num_rows - tile_row_ - block_row_) : 0;
     out_ = (static_cast<int64_t>(list) * p.num_q_blocks + q_block) * p.num_kv_blocks;
   }
 
   PROXYATTN_DEVICE void run(int first_cell) {
-    if (rows_ <= 0 || unscored_) return;  // a ragged row tile, or nobody asks
+    if (rows_ <= 0) return;  // a ragged row tile, or nobody asks
     find_lse();
     __syncthreads();  // lse is written
     const int end = ceil_div(min(first_cell + kFinishCells, p_.num_kv_blocks), kStepCells);
@@ -98,14 +95,15 @@ class ScoreFinisher {
   }
 
  private:
-  // Items of the pass that come before a row tile in its list. All warps find them for themselves.
-  PROXYATTN_DEVICE int items_behind(int row_tile) const {
-    int items = 0;
+  // Slots of the pass that come before a row tile's in its list. All warps find them for
+  // themselves.
+  PROXYATTN_DEVICE int slots_behind(int row_tile) const {
+    int slots = 0;
     const int end = p_.first_row_tile + p_.num_row_tiles;
     for (int tile = row_tile + 1 + lane_; tile < end; tile += kWarpLanes) {
-      items += p_.num_chunks(tile);
+      slots += p_.num_chunks(tile);
     }
-    return group_sum<kWarpLanes>(items);
+    return group_sum<kWarpLanes>(slots);
   }
 
   // The partial sums of a row's chunks, in order.
@@ -114,7 +112,7 @@ class ScoreFinisher {
     const int row = static_cast<int>(threadIdx.x);
     if (row >= rows_) return;
     const float* chunk_lse =
-        p_.chunk_lse + static_cast<int64_t>(first_item_) * p_.tile_rows + block_row_ + row;
+        p_.chunk_lse + static_cast<int64_t>(first_slot_) * p_.tile_rows + block_row_ + row;
     float largest = kMinusInfinity;
     float sum = 0.0f;
     for (int first = 0; first < num_chunks_; first += kLoads) {
@@ -155,19 +153,16 @@ class ScoreFinisher {
       merge_rows<kLaneCells / 2>(cell, values);
     }
     float value = values[0];
-    // With one or two blocks in a tile, the two row halves are in different lanes.
-    if constexpr (kBlocks == 2) value = cell.merge(value, __shfl_xor_sync(kAllLanes, value, 2));
-    if constexpr (kBlocks == 1) value = cell.merge(value, __shfl_xor_sync(kAllLanes, value, 1));
-    const int mine = lane_ / 4;
-    const int block = (first_tile + mine / kTileCells) * kBlocks + block_of(mine);
-    const bool writes = kBlocks >= 4 || (lane_ & (kBlocks == 2 ? 2 : 3)) == 0;
+    // Where a lane holds one row of a block, its neighbour holds the other.
+    if constexpr (!Blocks::kBothRows) {
+      value = cell.merge(value, __shfl_xor_sync(kAllLanes, value, 1));
+    }
+    const int mine = lane_ / kQuadLanes;
+    const int tile = first_tile + mine / kTileCells;
+    const int block = tile * Blocks::kTileBlocks + Blocks::block(lane_, mine % kTileCells);
+    // One of the lanes that share a block.
+    const bool writes = lane_ * Blocks::kTileBlocks * kTileCells % kQuadLanes == 0;
     if (writes && block < p_.num_kv_blocks) out[block] = cell.result(value);
-  }
-
-  // Key block, in its tile, of the lane's cell i.
-  PROXYATTN_DEVICE int block_of(int i) const {
-    return i / kPartCells % kParts * Layout::Tile::kPartBlocks + Layout::Lane::first(lane_) / 2 +
-           i % kPartCells;
   }
 
   // Adds the rows of the query block that the lane holds.
@@ -176,23 +171,18 @@ class ScoreFinisher {
                                const float* scratch,
                                const Cell& cell,
                                float (&values)[kLaneCells]) const {
-    const int tile_floats = p_.tile_rows / kRowGroup * Layout::kGroupFloats;
+    const int tile_floats = p_.tile_rows / kRowGroup * kGroupFloats<kBlockKeys>;
     const int end_group = ceil_div(block_row_ + rows_, kRowGroup);
     const float* tiles =
-        scratch + static_cast<int64_t>(first_item_ * p_.chunk_tiles + first_tile) * tile_floats +
-        lane_ * kCount;
+        scratch + static_cast<int64_t>(first_slot_ * p_.chunk_tiles() + first_tile) * tile_floats +
+        lane_ * Blocks::kCount;
     PROXYATTN_NO_UNROLL
     for (int group = block_row_ / kRowGroup; group < end_group; ++group) {
-      float loaded[kTiles][kParts][kCount];
+      typename Blocks::Merged loaded[kTiles];
       PROXYATTN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
         if (!kWhole && first_tile + t >= end_tile_) break;
-        PROXYATTN_UNROLL
-        for (int part = 0; part < kParts; ++part) {
-          load_values(
-              tiles + t * tile_floats + group * Layout::kGroupFloats + part * Layout::kPartFloats,
-              loaded[t][part]);
-        }
+        load_values(tiles + t * tile_floats + group * kGroupFloats<kBlockKeys>, loaded[t]);
       }
       add_group<kWhole>(first_tile, group * kRowGroup + lane_ / 4 - block_row_, loaded, cell,
                         values);
@@ -203,25 +193,23 @@ class ScoreFinisher {
   template <bool kWhole, typename Cell>
   PROXYATTN_DEVICE void add_group(int first_tile,
                                   int row,
-                                  const float (&loaded)[kTiles][kParts][kCount],
+                                  const typename Blocks::Merged (&loaded)[kTiles],
                                   const Cell& cell,
                                   float (&values)[kLaneCells]) const {
-    // A lane's values take turns between its two rows, unless it holds but one.
-    constexpr bool kBothRows = kCount > 1;
     PROXYATTN_UNROLL
-    for (int half = 0; half < (kBothRows ? 2 : 1); ++half) {
-      const int my_row = row + 8 * (kBothRows ? half : Layout::Lane::first(lane_) & 1);
+    for (int half = 0; half < (Blocks::kBothRows ? 2 : 1); ++half) {
+      const int my_row = row + 8 * Blocks::row(lane_, half);
       const bool exists = kWhole || (0 <= my_row && my_row < rows_);
       const float lse = exists ? lse_[my_row] : 0.0f;
       const int limit = exists ? p_.visible_keys(tile_row_ + block_row_ + my_row) : 0;
       PROXYATTN_UNROLL
       for (int i = 0; i < kLaneCells; ++i) {
         const int t = i / kTileCells;
-        const int first_key = (first_tile + t) * kLogitKeys + block_of(i) * kBlockKeys;
-        const float scratch =
-            loaded[t][i / kPartCells % kParts][kBothRows ? 2 * (i % kPartCells) + half : 0];
+        const int cell_idx = i % kTileCells;
+        const int first_key =
+            (first_tile + t) * kLogitKeys + Blocks::block(lane_, cell_idx) * kBlockKeys;
         if (kWhole || first_key < limit) {
-          values[i] = cell.merge(values[i], cell.value(scratch, lse));
+          values[i] = cell.merge(values[i], cell.value(loaded[t][2 * cell_idx + half], lse));
         }
       }
     }
@@ -243,13 +231,12 @@ class ScoreFinisher {
   const ScoreProblem& p_;
   float* lse_;  // of the query block's rows, in shared memory
   int lane_;
-  int first_item_;  // of the row tile
+  int first_slot_;  // of the row tile
   int num_chunks_;
   int end_tile_;   // key tiles that were computed
   int tile_row_;   // first row of the row tile
   int block_row_;  // first row of the query block, in the row tile
-  int rows_;       // of the query block
-  bool unscored_;  // its scores are not wanted
+  int rows_;       // of the query block; none: it is not there, or its scores are not wanted
   int64_t out_;
 };
 

@@ -4,17 +4,19 @@
 // mass is wanted, the log of the sum of exponentials, and for every row and chunk of keys the
 // log-sum-exp; finish_kernel.cuh makes cells of them. No logit is computed twice.
 //
-// Grid: one persistent thread block per multiprocessor, taking items (problem.h) through a counter.
-// Warp 0 loads (producer.cuh), the warpgroups behind its own compute 64 rows each (consumer.cuh).
-// Shared memory: rings of query and key tiles, up to 225 KB.
-// Assumes tensors that the copy engine can address.
+// Grid: one persistent thread block per multiprocessor, taking items (scheduler.cuh) through a
+// counter. Warp 0 loads keys (producer.cuh), warp 1 takes items and loads queries (scout.cuh), the
+// warpgroups behind theirs compute 64 rows each (consumer.cuh). Shared memory: rings of query and
+// key tiles, up to 225 KB. Assumes tensors that the copy engine can address.
 #pragma once
 
+#include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/score/sm90/consumer.cuh"
 #include "cuda/score/sm90/problem.h"
 #include "cuda/score/sm90/producer.cuh"
+#include "cuda/score/sm90/scout.cuh"
 #include "cuda/score/sm90/shared_storage.cuh"
 
 namespace proxyattn::cuda::sm90 {
@@ -29,15 +31,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&problem.q_map);
-    ptx::prefetch_tensor_map(&problem.k_map);
-    shared.logits.init();
+    ptx::prefetch_tensor_map(&problem.keys.whole);
+    shared.init();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();  // the barriers are initialised
 
   if (warpgroup == 0) {
     ptx::give_back_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) ScoreProducer<Traits>(problem, shared).run();
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
+    if (threadIdx.x == 0) load_score_keys<Traits>(problem, shared);
+    if (warp == 1) ScoreScout<Traits>(problem, shared).run();
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();
     ScoreConsumer<Traits, kBlockKeys, kWithMass>(problem, shared, warpgroup - 1).run();

@@ -26,9 +26,8 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   p.q_map = make_tensor_map(kScoreOp, s.q_proxy, s.dtype,
                             {ceil_div(s.q_len, s.stride), s.head_dim, s.proxy_heads, s.batch},
                             s.q_proxy_strides, {kGroupRows, kBoxes});
-  p.k_map = make_tensor_map(kScoreOp, s.k_proxy, s.dtype,
-                            {plan.num_keys(), s.head_dim, s.proxy_heads, s.batch},
-                            s.k_proxy_strides, {kLogitKeys, kBoxes});
+  p.keys = make_key_maps(kScoreOp, s.k_proxy, s.dtype,
+                         {plan.num_keys(), s.head_dim, s.proxy_heads, s.batch}, s.k_proxy_strides);
   p.peak = s.peak;
   p.mass = s.mass;
   auto* scratch = static_cast<std::byte*>(s.workspace);
@@ -42,7 +41,7 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   p.chunk_lse = reinterpret_cast<float*>(take(plan.lse_bytes()));
   p.next_item = reinterpret_cast<int32_t*>(take(plan.counter_bytes()));
   p.proxy_heads = static_cast<int>(s.proxy_heads);
-  p.chunk_tiles = static_cast<int>(plan.chunk_tiles());
+  p.chunk_shift = static_cast<int>(plan.chunk_shift());
   p.first_row = static_cast<int>(plan.first_row());
   p.num_rows = static_cast<int>(plan.num_rows());
   p.tile_rows = logit_tile_rows(kHeadDim);
@@ -62,16 +61,24 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   return p;
 }
 
+inline void set_pass(ScoreProblem& p, const ScorePass& pass) {
+  p.first_list = static_cast<int>(pass.first_list);
+  p.num_lists = static_cast<int>(pass.num_lists);
+  p.first_row_tile = static_cast<int>(pass.begin);
+  p.num_row_tiles = static_cast<int>(pass.end - pass.begin);
+  p.num_list_slots = static_cast<int>(pass.list_slots);
+}
+
 template <typename Traits, int kBlockKeys, bool kWithMass>
-void launch_score_pass(const ScoreProblem& problem, int64_t lists, Stream stream) {
+void launch_score_pass(const ScoreProblem& problem, Stream stream) {
   LaunchShape shape{};
   shape.grid_x = min_of<int64_t>(device_attribute(kScoreOp, cudaDevAttrMultiProcessorCount),
-                                 problem.num_items);
+                                 int64_t{problem.num_lists} * problem.num_list_slots);
   shape.grid_y = shape.grid_z = 1;
   shape.threads = Traits::kThreads;
   shape.shared_bytes = sizeof(ScoreStorage<Traits>);
   launch<score_kernel<Traits, kBlockKeys, kWithMass>>(kScoreOp, shape, stream, problem);
-  finish_scores(problem, lists, kBlockKeys, stream);
+  finish_scores(problem, kBlockKeys, stream);
 }
 
 template <typename Traits, int kBlockKeys>
@@ -79,27 +86,22 @@ void launch_score_passes(ScoreProblem problem, const ScorePlan& plan, Stream str
   // Each pass counts its own items; a memset is a node of a captured graph like any other.
   PROXYATTN_CUDA_CALL(kScoreOp, cudaMemsetAsync(problem.next_item, 0,
                                                 static_cast<size_t>(plan.counter_bytes()), stream));
-  for (int64_t end = plan.num_row_tiles(); end > 0;) {
-    const ScorePass pass = plan.pass_ending(end);
-    problem.first_row_tile = static_cast<int>(pass.begin);
-    problem.num_row_tiles = static_cast<int>(pass.end - pass.begin);
-    problem.num_list_items = static_cast<int>(pass.list_items);
-    problem.num_items = static_cast<int>(plan.lists() * pass.list_items);
+  plan.for_each_pass([&](const ScorePass& pass) {
+    set_pass(problem, pass);
     if (problem.mass == nullptr) {
-      launch_score_pass<Traits, kBlockKeys, false>(problem, plan.lists(), stream);
+      launch_score_pass<Traits, kBlockKeys, false>(problem, stream);
     } else {
-      launch_score_pass<Traits, kBlockKeys, true>(problem, plan.lists(), stream);
+      launch_score_pass<Traits, kBlockKeys, true>(problem, stream);
     }
     ++problem.next_item;
-    end = pass.begin;
-  }
+  });
 }
 
 template <int kHeadDim, DType kDType>
 void launch_score(const ScoreParams& params, Stream stream) {
   using Traits = LogitTraits<kHeadDim, kDType>;
   const ScorePlan plan(params);
-  if (plan.lists() == 0 || plan.num_row_tiles() == 0) return;
+  if (plan.counter_bytes() == 0) return;  // no pass
   const ScoreProblem problem = make_score_problem<kHeadDim>(params, plan);
   const int64_t block_keys = params.kv_block / params.stride;
   if (block_keys == 16) {

@@ -1,12 +1,12 @@
-// What the sm90 score kernels are told, and how their work is cut into items.
+// What the sm90 score kernels are told, and how their work is cut up.
 //
-// A pass works on a range of row tiles of every list. An item is a row tile of sampled queries
-// times one chunk of sampled keys that some row of it sees. Chunks begin at multiples of their
+// A pass works on a range of row tiles of a range of lists. Of a row tile of sampled queries it
+// computes each chunk of sampled keys that some row of it sees. Chunks begin at multiples of their
 // length, so that nothing about a row depends on the rows that are computed with it.
 //
-// An item leaves what it finds in a slot of scratch. Slots are numbered list by list, row tiles of
-// a list from the last (the longest when causal) to the first, then chunk by chunk; in which order
-// items are computed is for scheduler.cuh to say.
+// A row tile's chunk leaves what it finds in a slot of scratch. Slots are numbered list by list,
+// row tiles of a list from the last (the longest when causal) to the first, then chunk by chunk; in
+// which order and in what items they are computed is for scheduler.cuh to say.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +15,7 @@
 
 #include "common/math.h"
 #include "cuda/common/macros.cuh"
+#include "cuda/sm90/key_maps.h"
 #include "cuda/sm90/logit_config.h"
 
 namespace proxyattn::cuda::sm90 {
@@ -23,24 +24,25 @@ inline constexpr int64_t kBlockUnit = 64;  // tokens; divides every block size
 
 struct ScoreProblem {
   CUtensorMap q_map;  // [batch, proxy_heads, head_dim / 64, sampled queries, 64], 64 rows
-  CUtensorMap k_map;  // [batch, proxy_heads, head_dim / 64, sampled keys, 64], 128 rows
+  KeyMaps keys;       // [batch, proxy_heads, sampled keys, head_dim]
 
   float* peak;             // [lists, q_blocks, kv_blocks]
   float* mass;             // the same; null: not wanted
-  float* block_max;        // [items, key tiles of a chunk, row groups, values], see cells.cuh
+  float* block_max;        // [slots, key tiles of a chunk, row groups, values], see cells.cuh
   float* block_lse;        // the same; null with mass
-  float* chunk_lse;        // [items, rows of a tile], base 2
+  float* chunk_lse;        // [slots, rows of a tile], base 2
   int32_t* next_item;      // items handed out beyond the first of each thread block
   const int32_t* budgets;  // [lists, heads_per_list]: see ScoreParams; null: all rows are scored
 
   int proxy_heads;
+  int first_list;  // of the pass
+  int num_lists;
   int first_row_tile;  // of the pass
   int num_row_tiles;   // of the pass, in each list
-  int num_list_items;  // of the pass, in each list
-  int num_items;
-  int chunk_tiles;  // key tiles of a chunk, a power of two
-  int first_row;    // sampled query that the output begins with
-  int num_rows;     // sampled queries of the call
+  int num_list_slots;  // of the pass, in each list
+  int chunk_shift;     // log2 of a chunk's key tiles
+  int first_row;       // sampled query that the output begins with
+  int num_rows;        // sampled queries of the call
   int tile_rows;
   int num_keys;
   int first_limit;  // causal: sampled keys that sampled query 0 sees, maybe negative
@@ -80,8 +82,9 @@ struct ScoreProblem {
     const int last_row = min_of((row_tile + 1) * tile_rows, num_rows) - 1;
     return ceil_div(visible_keys(last_row), kLogitKeys);
   }
+  PROXYATTN_HOST_DEVICE int chunk_tiles() const { return 1 << chunk_shift; }
   PROXYATTN_HOST_DEVICE int num_chunks(int row_tile) const {
-    return ceil_div(visible_tiles(row_tile), chunk_tiles);
+    return (visible_tiles(row_tile) + chunk_tiles() - 1) >> chunk_shift;
   }
 };
 
