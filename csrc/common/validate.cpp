@@ -135,6 +135,8 @@ void validate_select(const SelectParams& p, const char* op) {
   check_block_size(op, p.kv_block);
   check_selection(op, p.min_budget, p.num_sink_blocks, p.num_local_blocks);
   check_rows(op, p.rows, p.q_len, p.q_block);
+  PROXYATTN_CHECK(!p.only_prefixes || p.budget_mode == BudgetMode::kLastBlock, op,
+                  ": only_prefixes must be false with budget_mode=\"coverage\", got true");
 }
 
 void validate_attention(const AttentionParams& p, const char* op) {

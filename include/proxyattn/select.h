@@ -34,7 +34,8 @@ struct SelectParams {
 
   // Whether a ranking need only be in order as far as prefixes that heads read end in it; behind
   // the longest of those, one to the end of the list not counted, the blocks may stand in any
-  // order. Where no place need be in order the row's peaks are not read.
+  // order. Where no place need be in order the row's peaks are not read. Not with coverage, which
+  // finds its prefixes in the ranking.
   bool only_prefixes = false;
 };
 

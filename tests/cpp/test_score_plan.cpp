@@ -31,6 +31,8 @@ const std::vector<Shape> kShapes = {
     {1, 4, 70000, 300000, 256, 2, 64, true, false},
     {1, 2, 200010, 200000, 128, 4, 64, false, true},
     {40, 8, 16384, 16384, 128, 4, 128, true, false},
+    {3, 2, 9000, 4000, 128, 4, 128, true, false},  // its first queries see nothing
+    {1, 4, 700000, 500000, 128, 4, 128, true, true},
     {1, 8, 1048576, 1048576, 128, 4, 64, true, true},
     {1, 8, 1040001, 1048576, 128, 4, 128, true, false},
     {1, 1, 1048576, 1048576, 128, 1, 64, true, false},

@@ -38,6 +38,7 @@ struct Case {
   int64_t num_local_blocks = 0;
   BudgetMode mode = BudgetMode::kLastBlock;
   bool causal = true;
+  bool only_prefixes = false;
   std::vector<float> peak;
   std::vector<float> mass;
   std::vector<int32_t> budgets;
@@ -84,6 +85,7 @@ Selection select(const Case& c, const BlockRange& rows, std::vector<double>* sha
   p.shares = shares->data();
   p.budget_mode = c.mode;
   p.causal = c.causal;
+  p.only_prefixes = c.only_prefixes;
   cpu::select_blocks(p);
   return out;
 }
@@ -354,6 +356,13 @@ TEST(rules) {
   c.num_sink_blocks = -1;
   CHECK_THROWS(InvalidArgument,
                "select_blocks: num_sink_blocks must be at least 0, got num_sink_blocks=-1",
+               select(c));
+  c.num_sink_blocks = 0;
+  c.only_prefixes = true;
+  c.mode = BudgetMode::kCoverage;
+  c.mass = {0.5f, 0.5f};
+  CHECK_THROWS(InvalidArgument,
+               "select_blocks: only_prefixes must be false with budget_mode=\"coverage\", got true",
                select(c));
 }
 

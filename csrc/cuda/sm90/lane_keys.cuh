@@ -4,8 +4,6 @@
 //   32 * (lane % 4) + 16 * run + j of the tile
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
@@ -15,6 +13,7 @@
 
 namespace proxyattn::cuda::sm90 {
 
+static_assert(kMinBlockKeys == kRunKeys, "a lane's run may be of one key block only");
 inline constexpr int kLaneKeys = kLogitKeys / kQuadLanes;
 inline constexpr int kLaneLogits = 2 * kLaneKeys;
 

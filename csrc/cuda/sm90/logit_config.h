@@ -8,7 +8,7 @@ namespace proxyattn::cuda::sm90 {
 
 inline constexpr int kGroupRows = 64;   // of a consumer warpgroup
 inline constexpr int kLogitKeys = 128;  // keys of a tile
-// A key block must hold at least this many: sums of smaller ones don't fit in registers.
+// A key block must hold at least this many: those that a lane holds together, see key_maps.h.
 inline constexpr int kMinBlockKeys = 16;
 
 struct LogitConfig {

@@ -61,9 +61,8 @@ class QueryLoader {
     ring_.phase = 1;
   }
 
-  PROXYATTN_DEVICE void wait_slot() {
-    ptx::mbarrier_wait(&shared_.query_barriers.empty[ring_.slot], ring_.phase,
-                       ptx::WaitSite::kProducerQuery);
+  PROXYATTN_DEVICE void wait_slot(ptx::WaitSite site) {
+    ptx::mbarrier_wait(&shared_.query_barriers.empty[ring_.slot], ring_.phase, site);
   }
 
   PROXYATTN_DEVICE int slot() const { return ring_.slot; }
@@ -144,7 +143,7 @@ class LogitStream {
     key_descriptor_ = ptx::matrix_descriptor(shared.key[0], 0);
   }
 
-  // Until the producer has passed the next row tile on.
+  // Until the next row tile has been passed on.
   PROXYATTN_DEVICE void wait_query() {
     ptx::mbarrier_wait(&shared_.query_barriers.full[query_.slot], query_.phase,
                        ptx::WaitSite::kConsumerQuery);

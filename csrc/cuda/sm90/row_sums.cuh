@@ -7,8 +7,6 @@
 // rows that happen to be computed beside it.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"

@@ -35,7 +35,7 @@ PROXYATTN_DEVICE void load_budget_items(const BudgetProblem& p, BudgetStorage<Tr
   KeyLoader<Traits> keys(shared.logits, p.keys);
   for (int idx = blockIdx.x; idx < p.num_items; idx += gridDim.x) {
     const BudgetItem item = BudgetItem::make(p, idx);
-    queries.wait_slot();
+    queries.wait_slot(ptx::WaitSite::kProducerQuery);
     queries.load(item.batch, [&](int i) {
       const BudgetRows rows(p, item.row_tile * Traits::kGroups + i);
       // Behind the last head there is nothing to load, but the bytes must arrive.

@@ -5,8 +5,6 @@
 // tile][row group of 16 rows][lane][value].
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/sm90/lane_keys.cuh"

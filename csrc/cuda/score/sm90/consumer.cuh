@@ -44,7 +44,7 @@ class ScoreConsumer {
   PROXYATTN_DEVICE void operator()(float (&s)[kLaneLogits], int tile) {
     if (tile >= p_.keys.num_whole) gather_lane_keys(s);
     if ((tile + 1) * kLogitKeys > min(warp_limit_, p_.num_keys)) {
-      const int limit = warp_limit_ + warp_lane() / 4;
+      const int limit = warp_limit_ + warp_lane() / kQuadLanes;
       mask_row_logits(s, tile * kLogitKeys + first_lane_key(),
                       {min(limit, p_.num_keys), min(limit + 8, p_.num_keys)});
     }
@@ -80,12 +80,12 @@ class ScoreConsumer {
   }
 
   PROXYATTN_DEVICE void store_sums(int slot) const {
-    float* lse =
-        p_.chunk_lse + static_cast<int64_t>(slot) * Traits::kTileRows + warp_row_ + warp_lane() / 4;
+    float* lse = p_.chunk_lse + static_cast<int64_t>(slot) * Traits::kTileRows + warp_row_ +
+                 warp_lane() / kQuadLanes;
     PROXYATTN_UNROLL
     for (int row = 0; row < 2; ++row) {
       const float sum = sums_.log2_sum(row);
-      if (warp_lane() % 4 == 0) lse[8 * row] = sum;
+      if (warp_lane() % kQuadLanes == 0) lse[8 * row] = sum;
     }
   }
 

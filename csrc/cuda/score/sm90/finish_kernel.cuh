@@ -184,8 +184,8 @@ class ScoreFinisher {
         if (!kWhole && first_tile + t >= end_tile_) break;
         load_values(tiles + t * tile_floats + group * kGroupFloats<kBlockKeys>, loaded[t]);
       }
-      add_group<kWhole>(first_tile, group * kRowGroup + lane_ / 4 - block_row_, loaded, cell,
-                        values);
+      add_group<kWhole>(first_tile, group * kRowGroup + lane_ / kQuadLanes - block_row_, loaded,
+                        cell, values);
     }
   }
 

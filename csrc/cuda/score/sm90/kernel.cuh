@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) uint8_t raw_shared[];
   auto& shared = *reinterpret_cast<ScoreStorage<Traits>*>(raw_shared);
   // Through a shuffle, so that the compiler knows the role to be uniform in a warp.
-  const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
+  const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) {
     ptx::prefetch_tensor_map(&problem.q_map);
     ptx::prefetch_tensor_map(&problem.keys.whole);
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::give_back_registers<Traits::kProducerRegisters>();
-    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
+    const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
     if (threadIdx.x == 0) load_score_keys<Traits>(problem, shared);
     if (warp == 1) ScoreScout<Traits>(problem, shared).run();
   } else {

@@ -6,7 +6,7 @@
 //
 // A row tile's chunk leaves what it finds in a slot of scratch. Slots are numbered list by list,
 // row tiles of a list from the last (the longest when causal) to the first, then chunk by chunk; in
-// which order and in what items they are computed is for scheduler.cuh to say.
+// which order they are computed is for scheduler.cuh to say.
 #pragma once
 
 #include <cstdint>

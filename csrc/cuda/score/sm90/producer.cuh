@@ -1,8 +1,6 @@
 // The producer thread: loads the keys of the items that the scout announces.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/common/macros.cuh"
 #include "cuda/common/ring.cuh"
 #include "cuda/ptx/mbarrier.cuh"

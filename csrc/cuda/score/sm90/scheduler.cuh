@@ -1,8 +1,6 @@
 // The order of items, walked from the first on.
 #pragma once
 
-#include <cstdint>
-
 #include "cuda/common/macros.cuh"
 #include "cuda/common/ring.cuh"
 #include "cuda/common/warp.cuh"

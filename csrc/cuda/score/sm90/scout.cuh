@@ -1,10 +1,8 @@
 // The scout warp: takes items, tells the others of them and loads their queries.
 //
-// It works an item ahead. The producer alone would hold up the keys while it asks for the number of
-// an item and looks for its place.
+// It works an item ahead where there are two query slots. The producer alone would hold up the keys
+// while it asks for the number of an item and looks for its place.
 #pragma once
-
-#include <cstdint>
 
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
@@ -48,7 +46,7 @@ class ScoreScout {
   PROXYATTN_DEVICE int next_item() {
     int item = 0;
     if (leads_warp()) {
-      queries_.wait_slot();
+      queries_.wait_slot(ptx::WaitSite::kScoutQuery);
       item = atomicAdd(p_.next_item, 1) + static_cast<int>(gridDim.x);
     }
     return __shfl_sync(kAllLanes, item, 0);
