@@ -23,8 +23,8 @@ struct LogitConfig {
 constexpr LogitConfig logit_config(int head_dim) {
   // 256: a key tile is 64 KB, so two of them and 128 rows of queries are what fits.
   if (head_dim == 256) return {2, 1, 2, 56, 224};
-  // Four warpgroups, each with one product at a time: while one waits for the tensor cores or for
-  // a shuffle, three others have exponentials to compute.
+  // Four warpgroups, each with one product at a time: while one waits for the tensor cores, three
+  // others have maxima and exponentials to compute.
   // 128: two row tiles of 64 KB, three key tiles of 32 KB.
   if (head_dim == 128) return {4, 2, 3, 32, 112};
   return {4, 2, 6, 32, 112};
