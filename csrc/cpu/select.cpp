@@ -32,7 +32,7 @@ class Selector {
     const int64_t num_lists = p_.batch * p_.proxy_heads;
     const double row_work = static_cast<double>(num_blocks_ * kSortWork);
     int64_t end = p_.rows.end;
-    if (p_.budget_mode == BudgetMode::kCoverage && end == grid_.num_q_blocks()) {
+    if (p_.budget_mode == BudgetMode::kTopP && end == grid_.num_q_blocks()) {
       // The last query block sets the targets of all others and so goes first.
       --end;
       parallel_for(num_lists, num_workers(row_work * static_cast<double>(num_lists)),
@@ -119,7 +119,7 @@ class Selector {
     const ForcedBlocks forced(grid_, m, p_.num_sink_blocks, p_.num_local_blocks);
     const int64_t least = max_of<int64_t>(1, forced.count());
     for (int64_t h = first_head(list); h < first_head(list + 1); ++h) {
-      int64_t blocks = p_.budget_mode == BudgetMode::kCoverage
+      int64_t blocks = p_.budget_mode == BudgetMode::kTopP
                            ? blocks_to_cover(list, m, p_.shares[h])
                            : p_.budgets[h];
       blocks = max_of(max_of(blocks, min_blocks_), least);

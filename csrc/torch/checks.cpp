@@ -101,7 +101,7 @@ BudgetMode budget_mode_of(const char* op, std::string_view name) {
   if (name == "last_block") return BudgetMode::kLastBlock;
   TORCH_CHECK_VALUE(name == "coverage", op,
                     ": budget_mode must be 'last_block' or 'coverage', got '", name, "'");
-  return BudgetMode::kCoverage;
+  return BudgetMode::kTopP;
 }
 
 float scale_or_default(std::optional<double> scale, int64_t head_dim) {

@@ -48,7 +48,7 @@ TensorPair select_blocks(const at::Tensor& peak,
                       ceil_div(kv_len, block_size)};
   check_shape(kOp, "peak", peak, shape);
   check_shape(kOp, "budgets", budgets, {params.batch, params.q_heads});
-  const bool coverage = params.budget_mode == BudgetMode::kCoverage;
+  const bool coverage = params.budget_mode == BudgetMode::kTopP;
   if (coverage) {
     check_dtype(kOp, "mass", mass, at::kFloat);
     check_device(kOp, "mass", mass, "peak", peak);

@@ -23,7 +23,7 @@ at::Tensor estimate_budgets(const at::Tensor& q,
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
 
-  BudgetParams params{};
+  NeedParams params{};
   params.batch = q.size(0);
   params.q_len = q.size(1);
   params.kv_len = k.size(1);
@@ -39,16 +39,16 @@ at::Tensor estimate_budgets(const at::Tensor& q,
   params.scale = scale_or_default(scale, params.head_dim);
   params.causal = causal;
   params.dtype = dtype_of(q);
-  validate_budget(params);
+  validate_needs(params);
 
   at::Tensor budgets = at::empty({params.batch, params.q_heads}, q.options().dtype(at::kInt));
   params.q = q.const_data_ptr();
   params.k = k.const_data_ptr();
   params.budgets = budgets.mutable_data_ptr<int32_t>();
-  params.workspace_bytes = backend.estimate_budgets_workspace_bytes(params);
+  params.workspace_bytes = backend.estimate_needs_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();
-  backend.estimate_budgets(params, stream);
+  backend.estimate_needs(params, stream);
   return budgets;
 }
 

@@ -1,6 +1,6 @@
 // Stage 3 on the CPU: tasks scan pieces of the keys for the last query block of one head; when all
 // pieces of a head are known, its block masses are sorted and counted.
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 
 #include <algorithm>
 #include <functional>
@@ -29,36 +29,36 @@ struct HeadScratch {
       : stats(layout, num_blocks), mass(layout.take<double>(num_blocks)) {}
 };
 
-int64_t head_scratch_bytes(const BudgetParams& p) {
+int64_t head_scratch_bytes(const NeedParams& p) {
   ScratchLayout layout;
   HeadScratch(layout, ceil_div(p.kv_len, p.kv_block));
   return layout.bytes();
 }
 
-int64_t scan_scratch_bytes(const BudgetParams& p) {
+int64_t scan_scratch_bytes(const NeedParams& p) {
   ScratchLayout layout;
   ScanScratch(layout, p.head_dim);
   return layout.bytes();
 }
 
-int64_t heads_at_a_time(const BudgetParams& p) {
+int64_t heads_at_a_time(const NeedParams& p) {
   const int64_t fitting = kStatsBytes / max_of<int64_t>(1, head_scratch_bytes(p));
   return max_of<int64_t>(1, min_of(fitting, p.batch * p.q_heads));
 }
 
 // True when gamma and the lengths alone settle the budget.
-bool is_trivial(const BudgetParams& p) {
+bool is_trivial(const NeedParams& p) {
   return p.q_len == 0 || p.kv_len == 0 || !(p.gamma > 0.0 && p.gamma < 1.0);
 }
 
-int32_t trivial_budget(const BudgetParams& p) {
+int32_t trivial_budget(const NeedParams& p) {
   if (p.q_len == 0 || p.kv_len == 0) return 0;
   return p.gamma <= 0.0 ? 1 : static_cast<int32_t>(ceil_div(p.kv_len, p.kv_block));
 }
 
 class Estimator {
  public:
-  explicit Estimator(const BudgetParams& params)
+  explicit Estimator(const NeedParams& params)
       : p_(params),
         kernels_(kernels()),
         num_blocks_(ceil_div(p_.kv_len, p_.kv_block)),
@@ -150,7 +150,7 @@ class Estimator {
     return {layout, p_.head_dim};
   }
 
-  const BudgetParams& p_;
+  const NeedParams& p_;
   const Kernels& kernels_;
   const int64_t num_blocks_;
   const int64_t heads_at_a_time_;
@@ -160,17 +160,17 @@ class Estimator {
 
 }  // namespace
 
-int64_t estimate_budgets_workspace_bytes(const BudgetParams& params) {
-  validate_budget(params);
+int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
+  validate_needs(params);
   if (is_trivial(params)) return 0;
   return heads_at_a_time(params) * head_scratch_bytes(params) +
          num_threads() * scan_scratch_bytes(params);
 }
 
-void estimate_budgets(const BudgetParams& params) {
-  validate_budget(params);
+void estimate_needs(const NeedParams& params) {
+  validate_needs(params);
   validate_workspace("estimate_budgets", params.workspace, params.workspace_bytes,
-                     estimate_budgets_workspace_bytes(params));
+                     estimate_needs_workspace_bytes(params));
   if (is_trivial(params)) {
     std::fill_n(params.budgets, params.batch * params.q_heads, trivial_budget(params));
   } else {
