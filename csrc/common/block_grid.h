@@ -43,10 +43,29 @@ struct ForcedBlocks {
                                      int64_t m,
                                      int64_t num_sink_blocks,
                                      int64_t num_local_blocks)
-      : visible(grid.visible(m)), local_begin(visible), num_sinks(0) {
+      : ForcedBlocks(
+            grid, grid.first_position(m), grid.visible(m), num_sink_blocks, num_local_blocks) {}
+
+  // Of a query block of exactly the last `num_queries` queries, wherever it begins.
+  static PROXYATTN_HOST_DEVICE ForcedBlocks of_last_queries(const BlockGrid& grid,
+                                                            int64_t num_queries,
+                                                            int64_t num_sink_blocks,
+                                                            int64_t num_local_blocks) {
+    return {grid, grid.q_offset + grid.q_len - num_queries, grid.visible(grid.num_q_blocks() - 1),
+            num_sink_blocks, num_local_blocks};
+  }
+
+  PROXYATTN_HOST_DEVICE ForcedBlocks(const BlockGrid& grid,
+                                     int64_t first_position,
+                                     int64_t num_visible,
+                                     int64_t num_sink_blocks,
+                                     int64_t num_local_blocks)
+      : visible(num_visible), local_begin(visible), num_sinks(0) {
     if (grid.causal && num_local_blocks > 0) {
-      const int64_t first = grid.first_position(m) / grid.kv_block;
-      local_begin = min_of(visible, max_of<int64_t>(0, first - (num_local_blocks - 1)));
+      const int64_t first = first_position / grid.kv_block;
+      // No more than there are, so that any number will do.
+      const int64_t before = min_of(num_local_blocks - 1, visible);
+      local_begin = min_of(visible, max_of<int64_t>(0, first - before));
     }
     num_sinks = min_of(num_sink_blocks, local_begin);
   }

@@ -1,4 +1,4 @@
-// Stage 3, estimate_budgets, first kernel: how the last queries spread over the key blocks.
+// Stage 3, what each head needs, first kernel: how the last queries spread over the key blocks.
 //
 //   block_lse[h, n, r] = log2 of the sum over the visible keys u of block n of 2^(factor * q . k_u)
 //

@@ -1,4 +1,4 @@
-// Stage 3, estimate_budgets, last kernel: from masses to budgets, one thread block a head.
+// Stage 3, estimate_budgets, last kernel: from masses to counts, one thread block a head.
 //
 //   budget = the smallest k whose k largest masses sum to at least gamma * (sum of all masses)
 //
@@ -79,15 +79,6 @@ __global__ void __launch_bounds__(kCountThreads, 1)
   }
   __syncthreads();  // every thread has put in its bid for the budget
   if (thread == 0) p.budgets[blockIdx.x] = shared.budget;
-}
-
-inline constexpr int kFillThreads = 128;
-
-// Budgets that the settings alone decide.
-static __global__ void __launch_bounds__(kFillThreads)
-    fill_budgets_kernel(int32_t* budgets, int64_t count, int32_t value) {
-  const int64_t idx = int64_t{blockIdx.x} * kFillThreads + threadIdx.x;
-  if (idx < count) budgets[idx] = value;
 }
 
 }  // namespace proxyattn::cuda

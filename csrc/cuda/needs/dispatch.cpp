@@ -1,5 +1,5 @@
-// Picks the kernels of estimate_budgets: the newest family that the device can run and that takes
-// the call's layout finds how the queries spread, then portable kernels count.
+// Picks the kernels of estimate_needs: the newest family that the device can run and that takes
+// the call's layout finds how the queries spread, then portable kernels conclude.
 #include "cuda/needs/dispatch.h"
 
 #include "proxyattn/device.h"
@@ -7,14 +7,12 @@
 
 #include "common/math.h"
 #include "common/validate.h"
-#include "cuda/needs/layout.h"
 #include "cuda/common/family.h"
 #include "cuda/common/limits.h"
+#include "cuda/needs/layout.h"
 
 namespace proxyattn::cuda {
 namespace {
-
-constexpr const char* kOp = "estimate_budgets";
 
 struct Kernel : KernelKey {
   void (*launch)(const NeedParams& params, Stream stream);
@@ -42,19 +40,25 @@ constexpr Kernel kKernels[] = {
 };
 
 const Kernel& choose_kernel(const NeedParams& p) {
-  const FamilyChoice choice(kOp);
+  const char* op = needs_op(p.mode);
+  const FamilyChoice choice(op);
   if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
-  choice.refuse(kOp, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
+  choice.refuse(op, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
 }
 
-// Whether the settings alone decide the budgets.
+bool has_nothing(const NeedParams& p) {
+  return p.q_len == 0 || p.kv_len == 0;
+}
+
+// Whether the settings alone decide.
 bool is_trivial(const NeedParams& p) {
-  return p.q_len == 0 || p.kv_len == 0 || !(p.gamma > 0.0 && p.gamma < 1.0);
+  const bool asks = p.mode == BudgetMode::kTopP || (p.gamma > 0.0 && p.gamma < 1.0);
+  return has_nothing(p) || !asks;
 }
 
-int64_t trivial_budget(const NeedParams& p) {
-  if (p.q_len == 0 || p.kv_len == 0) return 0;
-  return p.gamma >= 1.0 ? ceil_div(p.kv_len, p.kv_block) : 1;
+int32_t trivial_budget(const NeedParams& p) {
+  if (has_nothing(p)) return 0;
+  return p.gamma >= 1.0 ? static_cast<int32_t>(ceil_div(p.kv_len, p.kv_block)) : 1;
 }
 
 }  // namespace
@@ -66,16 +70,17 @@ int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
 
 void estimate_needs(const NeedParams& params, Stream stream) {
   validate_needs(params);
-  check_dtype(kOp, params.dtype);
-  check_num_kv_blocks(kOp, ceil_div(params.kv_len, params.kv_block));
-  validate_workspace(kOp, params.workspace, params.workspace_bytes,
+  const char* op = needs_op(params.mode);
+  check_dtype(op, params.dtype);
+  check_num_kv_blocks(op, ceil_div(params.kv_len, params.kv_block));
+  validate_workspace(op, params.workspace, params.workspace_bytes,
                      estimate_needs_workspace_bytes(params));
-  if (is_trivial(params)) {
-    launch_fill_budgets(params, trivial_budget(params), stream);
-    return;
+  if (!is_trivial(params)) {
+    choose_kernel(params).launch(params, stream);
+    launch_conclude(params, stream);
+  } else {
+    launch_trivial(params, trivial_budget(params), stream);
   }
-  choose_kernel(params).launch(params, stream);
-  launch_count_blocks(params, stream);
 }
 
 }  // namespace proxyattn::cuda

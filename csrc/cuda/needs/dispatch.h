@@ -1,5 +1,5 @@
-// What each kernel family offers to estimate_budgets, in terms the host compiler understands. The
-// parameters have been validated, and the settings alone don't decide the budgets.
+// What each kernel family offers to estimate_needs, in terms the host compiler understands. The
+// parameters have been validated, and the settings alone don't decide what heads need.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,10 @@
 
 namespace proxyattn::cuda {
 
-// From NeedLayout::block_lse to budgets; every device.
-void launch_count_blocks(const NeedParams& params, Stream stream);
-void launch_fill_budgets(const NeedParams& params, int64_t budget, Stream stream);
+// From NeedLayout::block_lse to budgets or shares; every device.
+void launch_conclude(const NeedParams& params, Stream stream);
+// Where no head's attention decides: that budget, or shares of nothing, which are NaN.
+void launch_trivial(const NeedParams& params, int32_t budget, Stream stream);
 
 }  // namespace proxyattn::cuda
 

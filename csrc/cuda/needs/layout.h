@@ -1,4 +1,4 @@
-// What lies in the workspace of estimate_budgets: the kernels that fill it and those that read it
+// What lies in the workspace of estimate_needs: the kernels that fill it and those that read it
 // agree on this.
 #pragma once
 

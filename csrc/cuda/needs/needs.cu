@@ -1,15 +1,14 @@
 // The portable kernel that finds how the last queries spread: every device, every layout.
 #include "proxyattn/needs.h"
 
+#include "common/validate.h"
+#include "cuda/common/launch.h"
 #include "cuda/needs/block_lse_kernel.cuh"
 #include "cuda/needs/dispatch.h"
 #include "cuda/needs/layout.h"
-#include "cuda/common/launch.h"
 
 namespace proxyattn::cuda::sm80 {
 namespace {
-
-constexpr const char* kOp = "estimate_budgets";
 
 // Keys of a chunk. Long ones save passages of the queries through shared memory, short ones give
 // every SM work.
@@ -46,35 +45,36 @@ NeedProblem make_problem(const NeedParams& p) {
 }
 
 template <typename Element, int kHeadDim>
-void launch_kernel(NeedProblem problem, Stream stream) {
+void launch_kernel(const char* op, NeedProblem problem, Stream stream) {
   using Traits = LogitTraits<Element, kHeadDim>;
   problem.group_tiles =
       static_cast<int>(ceil_div<int64_t>(problem.group_heads * problem.q_block, Traits::kTileRows));
   LaunchShape shape{problem.batch * problem.num_chunks * problem.kv_heads * problem.group_tiles};
   shape.threads = Traits::kThreads;
   shape.shared_bytes = Traits::kSharedBytes;
-  launch<block_lse_kernel<Element, kHeadDim>>(kOp, shape, stream, problem);
+  launch<block_lse_kernel<Element, kHeadDim>>(op, shape, stream, problem);
 }
 
 template <typename Element>
-void launch_head_dim(int64_t head_dim, const NeedProblem& problem, Stream stream) {
-  if (head_dim == 64) {
-    launch_kernel<Element, 64>(problem, stream);
-  } else if (head_dim == 128) {
-    launch_kernel<Element, 128>(problem, stream);
+void launch_head_dim(const NeedParams& params, Stream stream) {
+  const char* op = needs_op(params.mode);
+  const NeedProblem problem = make_problem(params);
+  if (params.head_dim == 64) {
+    launch_kernel<Element, 64>(op, problem, stream);
+  } else if (params.head_dim == 128) {
+    launch_kernel<Element, 128>(op, problem, stream);
   } else {
-    launch_kernel<Element, 256>(problem, stream);
+    launch_kernel<Element, 256>(op, problem, stream);
   }
 }
 
 }  // namespace
 
 void launch_block_lse(const NeedParams& params, Stream stream) {
-  const NeedProblem problem = make_problem(params);
   if (params.dtype == DType::kBFloat16) {
-    launch_head_dim<__nv_bfloat16>(params.head_dim, problem, stream);
+    launch_head_dim<__nv_bfloat16>(params, stream);
   } else {
-    launch_head_dim<__half>(params.head_dim, problem, stream);
+    launch_head_dim<__half>(params, stream);
   }
 }
 

@@ -1,4 +1,4 @@
-// Stage 3, estimate_budgets, second and third kernel: from block sums to the mass of each block.
+// Stage 3, what each head needs, second and third kernel: from block sums to each block's mass.
 //
 //   part_lse[p, r] = log2 of the sum over the blocks n of part p of 2^block_lse[n, r]
 //   row_lse[r]     = log2 of the sum over parts p of 2^part_lse[p, r]
@@ -12,11 +12,11 @@
 
 #include <cstdint>
 
-#include "cuda/needs/layout.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/warp.cuh"
+#include "cuda/needs/layout.h"
 
 namespace proxyattn::cuda {
 

@@ -1,4 +1,4 @@
-// Stage 3, estimate_budgets, first kernel, for compute capability 9.0: TMA, wgmma, specialised
+// Stage 3, what each head needs, first kernel, for compute capability 9.0: TMA, wgmma, specialised
 // warps.
 //
 //   block_lse[h, n, r] = log2 of the sum over the visible keys u of block n of 2^(factor * q . k_u)
@@ -13,9 +13,9 @@
 
 #include <cstdint>
 
-#include "cuda/needs/sm90/problem.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
+#include "cuda/needs/sm90/problem.h"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/sm90/lane_keys.cuh"
@@ -52,9 +52,7 @@ class NeedConsumer {
   static_assert(!Blocks::kBothRows);
 
  public:
-  PROXYATTN_DEVICE NeedConsumer(const NeedProblem& problem,
-                                  NeedStorage<Traits>& shared,
-                                  int group)
+  PROXYATTN_DEVICE NeedConsumer(const NeedProblem& problem, NeedStorage<Traits>& shared, int group)
       : p_(problem), stream_(shared.logits, group), group_(group) {
     warp_ = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpLanes % 4, 0);
   }
@@ -64,7 +62,12 @@ class NeedConsumer {
       const NeedItem item = NeedItem::make(p_, idx);
       begin(item);
       stream_.wait_query();
-      stream_.for_each_tile(item.first_tile, item.num_tiles, *this);
+      PROXYATTN_NO_UNROLL
+      for (int done = 0; done < item.num_tiles; done += kStretchTiles) {
+        sums_.reset();
+        stream_.for_each_tile(item.first_tile + done, min(kStretchTiles, item.num_tiles - done),
+                              *this);
+      }
       stream_.release_query();
     }
   }
@@ -101,7 +104,6 @@ class NeedConsumer {
                ? p_.block_lse + static_cast<int64_t>(head) * p_.num_kv_blocks * q_block + warp_row
                : nullptr;
     warp_limit_ = p_.causal ? min(p_.num_keys, p_.position + warp_row + 1) : p_.num_keys;
-    sums_.reset();
   }
 
   const NeedProblem& p_;

@@ -1,4 +1,4 @@
-// What the sm90 kernel of estimate_budgets is told, and how its work is cut into items.
+// What the sm90 kernel of estimate_needs is told, and how its work is cut into items.
 //
 // The rows of a kv head are the last q_block queries of each of its query heads, one head after the
 // other, in units of 64: the rows of a warpgroup. An item is a row tile times a chunk of keys; the
