@@ -123,16 +123,19 @@ void validate_score(const ScoreParams& p, const char* op) {
   check_rows(op, p.rows, p.q_len, p.q_block);
 }
 
+const char* needs_op(const NeedParams& p) {
+  return p.mode == BudgetMode::kLastBlock ? "estimate_budgets" : "estimate_shares";
+}
+
 void validate_needs(const NeedParams& p) {
-  const bool budgets = p.mode == BudgetMode::kLastBlock;
-  const char* op = budgets ? "estimate_budgets" : "estimate_shares";
+  const char* op = needs_op(p);
   check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
   check_heads(op, p.q_heads, p.kv_heads);
   check_head_dim(op, p.head_dim);
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
-  if (budgets) {
+  if (p.mode == BudgetMode::kLastBlock) {
     check_gamma(op, p.gamma);
   } else {
     check_forced(op, p.num_sink_blocks, p.num_local_blocks);
