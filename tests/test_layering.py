@@ -175,6 +175,14 @@ def test_cmake_lists_every_source():
     assert [str(path) for path in sources if str(path) not in listed] == []
 
 
+def test_cpu_families_ask_for_what_they_are_built_with():
+    families = re.findall(r"^ *proxyattn_cpu_family\((.*)\)", text(Path("CMakeLists.txt")), re.M)
+    built = set(re.findall(r"-m(\w+)", " ".join(families)))
+    dispatch = text(Path("csrc/cpu/simd/dispatch.cpp"))
+    asked = re.findall(r'__builtin_cpu_supports\("(\w+)"\)|& bit_(\w+)', dispatch)
+    assert {(name or bit).lower() for name, bit in asked} == built != set()
+
+
 def everything():
     own = Path(__file__).resolve().relative_to(ROOT)
     texts = [path for path in files(*CPP, ".py", ".md", ".txt", ".sh") if path != own]

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -94,8 +93,8 @@ void parallel_for(int64_t num_tasks,
   for (int worker = 1; worker < workers; ++worker) {
     try {
       threads.emplace_back(&Region::work, &region, worker);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: those that run do the work
+    } catch (const std::exception&) {
+      break;  // no more threads or memory to be had: those that run do the work
     }
   }
   region.work(0);

@@ -29,7 +29,8 @@ py::list supported_configs() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Facts about this build of proxyattn.";
+  // _extension.py looks for these words in the file when it can't be loaded.
+  module.doc() = "Facts about this build of proxyattn, made for torch " PROXYATTN_TORCH_VERSION ".";
   module.attr("version") = PROXYATTN_VERSION;
   module.attr("torch_version") = PROXYATTN_TORCH_VERSION;
 #ifdef PROXYATTN_WITH_CUDA

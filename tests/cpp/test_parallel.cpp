@@ -1,5 +1,8 @@
 // Parallel regions: every task once, exceptions, numbers of threads.
 #include <atomic>
+#include <cstdlib>
+#include <functional>
+#include <new>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -8,6 +11,26 @@
 
 #include "check.h"
 #include "cpu/parallel.h"
+
+namespace {
+
+// Allocations that this thread may still make; less than none: any number.
+thread_local int g_allocations_left = -1;
+
+}  // namespace
+
+void* operator new(std::size_t size) {
+  void* memory = g_allocations_left == 0 ? nullptr : std::malloc(size);
+  if (memory == nullptr) throw std::bad_alloc();
+  if (g_allocations_left > 0) --g_allocations_left;
+  return memory;
+}
+void operator delete(void* memory) noexcept {
+  std::free(memory);
+}
+void operator delete(void* memory, std::size_t) noexcept {
+  std::free(memory);
+}
 
 namespace proxyattn::cpu {
 namespace {
@@ -49,6 +72,18 @@ TEST(an_exception_reaches_the_caller) {
     std::atomic<int> later{0};
     parallel_for(10, workers, [&](int64_t, int) { ++later; });
     CHECK_EQ(later, 10);
+  }
+}
+
+TEST(without_memory_for_threads_the_caller_does_the_work) {
+  std::atomic<int> runs{0};
+  const std::function<void(int64_t, int)> count = [&](int64_t, int) { ++runs; };
+  for (int allocations = 0; allocations < 12; ++allocations) {
+    runs = 0;
+    g_allocations_left = allocations;
+    parallel_for(100, 4, count);
+    g_allocations_left = -1;
+    CHECK_EQ(runs, 100);
   }
 }
 

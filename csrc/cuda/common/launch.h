@@ -2,7 +2,7 @@
 // grid over the hardware's limits, and checks the result of the launch.
 #pragma once
 
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 #include <cuda_runtime.h>
@@ -11,13 +11,13 @@
 #include "proxyattn/types.h"
 
 #include "cuda/common/check.h"
+#include "cuda/common/high_water.h"
 
 namespace proxyattn::cuda {
 
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridYZ = 65535;
 inline constexpr int kStaticSharedLimit = 48 * 1024;  // bytes a kernel gets without asking
-inline constexpr int kMaxDevices = 64;
 
 struct LaunchShape {
   int64_t grid_x;  // the longest dimension
@@ -43,14 +43,12 @@ inline int device_attribute(const char* op, cudaDeviceAttr attribute) {
 template <auto Kernel>
 void allow_shared_memory(const char* op, int shared_bytes) {
   if (shared_bytes <= kStaticSharedLimit) return;
-  static std::atomic<int> allowed[kMaxDevices] = {};
-  const int device = current_device(op);
-  if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed) >= shared_bytes) {
-    return;
-  }
-  PROXYATTN_CUDA_CALL(
-      op, cudaFuncSetAttribute(Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  if (device < kMaxDevices) allowed[device].store(shared_bytes, std::memory_order_relaxed);
+  // Never destroyed: other threads may launch while the process ends.
+  static HighWater& allowed = *new HighWater;
+  allowed.reach(current_device(op), shared_bytes, [&] {
+    PROXYATTN_CUDA_CALL(op, cudaFuncSetAttribute(
+                                Kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  });
 }
 
 // Starts nothing when the grid is empty.
@@ -63,11 +61,14 @@ void launch(const char* op, const LaunchShape& shape, Stream stream, const Args&
                                  shape.grid_y, " x ", shape.grid_z));
   }
   allow_shared_memory<Kernel>(op, shape.shared_bytes);
-  const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y),
-                  static_cast<unsigned>(shape.grid_z));
-  const dim3 block(static_cast<unsigned>(shape.threads));
-  Kernel<<<grid, block, static_cast<size_t>(shape.shared_bytes), stream>>>(args...);
-  PROXYATTN_CUDA_CALL(op, cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y),
+                        static_cast<unsigned>(shape.grid_z));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_bytes);
+  config.stream = stream;
+  // Not <<<>>>, after which only the last error tells how it went: that of whoever failed before.
+  PROXYATTN_CUDA_CALL(op, cudaLaunchKernelEx(&config, Kernel, args...));
 }
 
 }  // namespace proxyattn::cuda

@@ -16,21 +16,28 @@ constexpr int64_t kElementBytes = 2;
 constexpr int64_t kAlignment = 16;  // bytes, of bases and strides
 constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;
 
-// The driver's encoder, asked from the runtime so that nothing links against the driver library.
-PFN_cuTensorMapEncodeTiled_v12000 encoder(const char* op) {
-  static PFN_cuTensorMapEncodeTiled_v12000 function = nullptr;
-  if (function == nullptr) {
-    constexpr unsigned kSinceCuda = 12000;
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result{};
-    PROXYATTN_CUDA_CALL(
-        op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kSinceCuda,
-                                             cudaEnableDefault, &result));
-    if (found == nullptr || result != cudaDriverEntryPointSuccess) {
-      throw CudaError(join_message(op, ": the driver has no cuTensorMapEncodeTiled"));
-    }
-    function = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+using Encoder = PFN_cuTensorMapEncodeTiled_v12000;
+
+Encoder find_encoder(const char* op) {
+  constexpr const char* kName = "cuTensorMapEncodeTiled";
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  constexpr unsigned kSinceCuda = 12000;
+  PROXYATTN_CUDA_CALL(
+      op, cudaGetDriverEntryPointByVersion(kName, &found, kSinceCuda, cudaEnableDefault, &result));
+#else  // of the runtime's own version, of which the function has one form
+  PROXYATTN_CUDA_CALL(op, cudaGetDriverEntryPoint(kName, &found, cudaEnableDefault, &result));
+#endif
+  if (found == nullptr || result != cudaDriverEntryPointSuccess) {
+    throw CudaError(join_message(op, ": the driver has no ", kName));
   }
+  return reinterpret_cast<Encoder>(found);
+}
+
+// The driver's encoder, asked from the runtime so that nothing links against the driver library.
+Encoder encoder(const char* op) {
+  static const Encoder function = find_encoder(op);  // asked again if it throws
   return function;
 }
 
