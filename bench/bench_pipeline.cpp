@@ -15,7 +15,7 @@ using namespace proxyattn;
 using namespace proxyattn::bench;
 
 BudgetMode mode_of(const std::string& name) {
-  if (name == "coverage") return BudgetMode::kCoverage;
+  if (name == "coverage") return BudgetMode::kTopP;
   PROXYATTN_CHECK(name == "last_block", "bench: mode must be last_block or coverage, got ", name);
   return BudgetMode::kLastBlock;
 }
@@ -38,14 +38,14 @@ class Estimation {
   void launch() const {
     const Stages& stages = machine_.stages();
     stages.pool_heads(pool_, machine_.stream());
-    stages.estimate_budgets(budget_, machine_.stream());
+    stages.estimate_needs(budget_, machine_.stream());
     stages.score_blocks(score_, machine_.stream());
     stages.select_blocks(select_, machine_.stream());
   }
 
   void check() const {
     check_pool(machine_, pool_);
-    check_budget(machine_, budget_);
+    check_needs(machine_, budget_);
     check_score(machine_, score_);
     check_select(machine_, select_);
   }
@@ -68,7 +68,7 @@ class Estimation {
   Inputs inputs_;
   std::vector<std::shared_ptr<Buffer>> buffers_;
   PoolParams pool_;
-  BudgetParams budget_;
+  NeedParams budget_;
   ScoreParams score_;
   SelectParams select_;
 };
@@ -81,10 +81,10 @@ Estimation::Estimation(Machine& machine,
     : machine_(machine),
       inputs_(inputs),
       pool_(pool_params(problem)),
-      budget_(budget_params(problem)),
+      budget_(need_params(problem)),
       score_(score_params(problem)),
       select_(select_params(problem)) {
-  const bool coverage = mode == BudgetMode::kCoverage;
+  const bool coverage = mode == BudgetMode::kTopP;
   const int64_t heads = problem.batch * problem.q_heads;
   pool_.q = inputs.q->data();
   pool_.k = inputs.k->data();
@@ -95,7 +95,7 @@ Estimation::Estimation(Machine& machine,
   budget_.q = inputs.q->data();
   budget_.k = inputs.k->data();
   budget_.budgets = static_cast<int32_t*>(take(heads * int64_t{sizeof(int32_t)}));
-  budget_.workspace_bytes = machine.stages().estimate_budgets_workspace_bytes(budget_);
+  budget_.workspace_bytes = machine.stages().estimate_needs_workspace_bytes(budget_);
   budget_.workspace = take(budget_.workspace_bytes);
 
   score_.q_proxy = pool_.q_proxy;

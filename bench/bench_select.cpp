@@ -58,7 +58,7 @@ Workload prepare(Machine& machine, const Case& one) {
 
   proxyattn::SelectParams params = select_params(problem);
   params.budget_mode =
-      coverage ? proxyattn::BudgetMode::kCoverage : proxyattn::BudgetMode::kLastBlock;
+      coverage ? proxyattn::BudgetMode::kTopP : proxyattn::BudgetMode::kLastBlock;
   params.min_budget = coverage ? 1024 : 2048;
   params.peak = peak->as<float>();
   params.mass = coverage ? mass->as<float>() : nullptr;

@@ -215,7 +215,7 @@ void check_score(Machine& machine, const ScoreParams& params) {
   }
 }
 
-void check_budget(Machine& machine, const BudgetParams& params) {
+void check_needs(Machine& machine, const NeedParams& params) {
   const int64_t group = params.q_heads / params.kv_heads;
   const int64_t num_queries = min_of(params.q_block, params.q_len);
   const int64_t begin = params.q_len - num_queries;
@@ -226,7 +226,7 @@ void check_budget(Machine& machine, const BudgetParams& params) {
                                     params.kv_len);
     for (const int64_t kv_head : first_and_last(params.kv_heads)) {
       std::vector<int32_t> budgets(static_cast<std::size_t>(group));
-      BudgetParams host = params;
+      NeedParams host = params;
       host.batch = 1;
       host.q_len = num_queries;
       host.q_offset = params.q_offset + begin;
@@ -235,10 +235,10 @@ void check_budget(Machine& machine, const BudgetParams& params) {
       host.q = shifted(q.data(), kv_head * group * params.q_strides.head, params.dtype);
       host.k = shifted(k.data(), kv_head * params.k_strides.head, params.dtype);
       host.budgets = budgets.data();
-      host.workspace_bytes = cpu::estimate_budgets_workspace_bytes(host);
+      host.workspace_bytes = cpu::estimate_needs_workspace_bytes(host);
       Bytes workspace(static_cast<std::size_t>(host.workspace_bytes));
       host.workspace = workspace.data();
-      cpu::estimate_budgets(host);
+      cpu::estimate_needs(host);
       const int64_t first = batch_idx * params.q_heads + kv_head * group;
       // A sum that meets gamma within rounding may fall on either side of it.
       compare_integers("budgets", download<int32_t>(machine, params.budgets + first, group),
@@ -250,7 +250,7 @@ void check_budget(Machine& machine, const BudgetParams& params) {
 void check_select(Machine& machine, const SelectParams& params) {
   const int64_t num_rows = params.rows.end - params.rows.begin;
   const int64_t width = ceil_div(params.kv_len, params.kv_block);
-  const bool coverage = params.budget_mode == BudgetMode::kCoverage;
+  const bool coverage = params.budget_mode == BudgetMode::kTopP;
   const auto row_of = [&](const auto* data, int64_t batch_idx, int64_t row) {
     return download_row(machine, data, batch_idx, params.proxy_heads, num_rows, row, width);
   };

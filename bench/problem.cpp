@@ -117,8 +117,8 @@ ScoreParams score_params(const Problem& problem) {
   return params;
 }
 
-BudgetParams budget_params(const Problem& problem) {
-  BudgetParams params{};
+NeedParams need_params(const Problem& problem) {
+  NeedParams params{};
   set_lengths(params, problem);
   set_heads(params, problem);
   set_blocks(params, problem);

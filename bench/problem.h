@@ -43,7 +43,7 @@ Problem problem_of(const Case& one);
 
 PoolParams pool_params(const Problem& problem);
 ScoreParams score_params(const Problem& problem);
-BudgetParams budget_params(const Problem& problem);
+NeedParams need_params(const Problem& problem);
 SelectParams select_params(const Problem& problem);
 AttentionParams attention_params(const Problem& problem);
 PipelineParams pipeline_params(const Problem& problem);

@@ -8,6 +8,12 @@
 
 namespace proxyattn {
 
+// Neighbouring queries, by the positions of the first and the last of them.
+struct QuerySpan {
+  int64_t first;
+  int64_t last;
+};
+
 struct BlockGrid {
   int64_t q_len;
   int64_t kv_len;
@@ -24,16 +30,25 @@ struct BlockGrid {
   PROXYATTN_HOST_DEVICE int64_t last_position(int64_t m) const {
     return q_offset + min_of((m + 1) * q_block, q_len) - 1;
   }
-
-  // Key blocks [0, visible) that query block m can see.
-  PROXYATTN_HOST_DEVICE int64_t visible(int64_t m) const {
-    if (!causal) return num_kv_blocks();
-    return min_of(last_position(m) / kv_block + 1, num_kv_blocks());
+  PROXYATTN_HOST_DEVICE QuerySpan queries(int64_t m) const {
+    return {first_position(m), last_position(m)};
   }
+  // As many queries as a whole block has, or all, up to the last one: they may lie in two blocks.
+  PROXYATTN_HOST_DEVICE QuerySpan last_queries() const {
+    const int64_t end = q_offset + q_len;
+    return {end - min_of(q_block, q_len), end - 1};
+  }
+
+  // Key blocks [0, visible) that any query of a span or of query block m can see.
+  PROXYATTN_HOST_DEVICE int64_t visible(const QuerySpan& span) const {
+    if (!causal) return num_kv_blocks();
+    return min_of(span.last / kv_block + 1, num_kv_blocks());
+  }
+  PROXYATTN_HOST_DEVICE int64_t visible(int64_t m) const { return visible(queries(m)); }
 };
 
-// The forced blocks of one query block: the local ones [local_begin, visible), latest first, then
-// the sink blocks [0, num_sinks), earliest first.
+// The forced blocks of one query block, or of a span of queries that is treated as one: the local
+// ones [local_begin, visible), latest first, then the sink blocks [0, num_sinks), earliest first.
 struct ForcedBlocks {
   int64_t visible;
   int64_t local_begin;
@@ -43,9 +58,14 @@ struct ForcedBlocks {
                                      int64_t m,
                                      int64_t num_sink_blocks,
                                      int64_t num_local_blocks)
-      : visible(grid.visible(m)), local_begin(visible), num_sinks(0) {
+      : ForcedBlocks(grid, grid.queries(m), num_sink_blocks, num_local_blocks) {}
+  PROXYATTN_HOST_DEVICE ForcedBlocks(const BlockGrid& grid,
+                                     const QuerySpan& span,
+                                     int64_t num_sink_blocks,
+                                     int64_t num_local_blocks)
+      : visible(grid.visible(span)), local_begin(visible), num_sinks(0) {
     if (grid.causal && num_local_blocks > 0) {
-      const int64_t first = grid.first_position(m) / grid.kv_block;
+      const int64_t first = span.first / grid.kv_block;
       local_begin = min_of(visible, max_of<int64_t>(0, first - (num_local_blocks - 1)));
     }
     num_sinks = min_of(num_sink_blocks, local_begin);

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "proxyattn/attention.h"
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 #include "proxyattn/error.h"
 #include "proxyattn/pipeline.h"
 #include "proxyattn/pool.h"
@@ -112,12 +112,12 @@ Outputs run_stages(const Inputs& in, const PipelineParams& p) {
   cpu::score_blocks(score);
 
   std::vector<int32_t> budgets(static_cast<std::size_t>(p.batch * p.q_heads));
-  BudgetParams budget{p.batch,     p.q_len,   p.kv_len,   p.q_heads,      p.kv_heads,
+  NeedParams budget{p.batch,     p.q_len,   p.kv_len,   p.q_heads,      p.kv_heads,
                       p.head_dim,  p.q_block, p.kv_block, p.q_offset,     p.q_strides,
                       p.k_strides, p.q,       p.k,        budgets.data(), nullptr,
                       0,           p.gamma,   p.scale,    p.causal,       p.dtype};
-  const test::Workspace budget_workspace(budget, cpu::estimate_budgets_workspace_bytes(budget));
-  cpu::estimate_budgets(budget);
+  const test::Workspace needs_workspace(budget, cpu::estimate_needs_workspace_bytes(budget));
+  cpu::estimate_needs(budget);
 
   std::vector<int32_t> indices(cells);
   std::vector<int32_t> counts(static_cast<std::size_t>(p.batch * p.q_heads * rows.end));
@@ -169,7 +169,7 @@ TEST(the_pipeline_is_the_chain_of_its_stages) {
   test::for_each_family([] {
     for (const DType dtype : test::kAllDTypes) {
       const Inputs in = random_inputs(dtype, 700, 901);
-      for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kCoverage}) {
+      for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kTopP}) {
         const PipelineParams p = params_of(in, mode, 0.6);
         CHECK(same(run(in, p), run_stages(in, p)));
       }
@@ -179,14 +179,14 @@ TEST(the_pipeline_is_the_chain_of_its_stages) {
 
 TEST(threads_change_nothing) {
   const Inputs in = random_inputs(DType::kFloat32, 700, 901);
-  const PipelineParams p = params_of(in, BudgetMode::kCoverage, 0.6);
+  const PipelineParams p = params_of(in, BudgetMode::kTopP, 0.6);
   const Outputs whole = run(in, p);
   test::for_some_thread_counts([&] { CHECK(same(run(in, p), whole)); });
 }
 
 TEST(less_workspace_gives_the_same_bits) {
   const Inputs in = random_inputs(DType::kFloat32, 1400, 1500);
-  for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kCoverage}) {
+  for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kTopP}) {
     PipelineParams p = params_of(in, mode, 0.6);
     const Outputs whole = run(in, p);
     const int64_t uncapped = cpu::proxy_attention_workspace_bytes(p);
@@ -210,7 +210,7 @@ TEST(less_workspace_gives_the_same_bits) {
 
 TEST(gamma_of_one_and_large_minimums_are_dense_attention) {
   const Inputs in = random_inputs(DType::kFloat32, 300, 300);
-  for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kCoverage}) {
+  for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kTopP}) {
     const Outputs dense = run(in, params_of(in, mode, 1.0));
     PipelineParams p = params_of(in, mode, 0.5);
     CHECK(!same(run(in, p), dense));
@@ -224,9 +224,9 @@ TEST(gamma_of_one_and_large_minimums_are_dense_attention) {
 TEST(empty_inputs) {
   for (const double gamma : {0.5, 1.0}) {
     const Inputs no_queries = random_inputs(DType::kFloat32, 0, 100);
-    CHECK(run(no_queries, params_of(no_queries, BudgetMode::kCoverage, gamma)).lse.empty());
+    CHECK(run(no_queries, params_of(no_queries, BudgetMode::kTopP, gamma)).lse.empty());
     const Inputs no_keys = random_inputs(DType::kFloat32, 100, 0);
-    PipelineParams p = params_of(no_keys, BudgetMode::kCoverage, gamma);
+    PipelineParams p = params_of(no_keys, BudgetMode::kTopP, gamma);
     p.causal = false;
     const Outputs nothing = run(no_keys, p);
     CHECK_EQ(nothing.out.at(1, 99, 3, 63), 0.0);

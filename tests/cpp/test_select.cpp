@@ -161,7 +161,7 @@ TEST(causal_rows_see_what_lies_before_them) {
 
 TEST(coverage_by_hand) {
   Case c;
-  c.mode = BudgetMode::kCoverage;
+  c.mode = BudgetMode::kTopP;
   c.q_len = 2 * kBlock;
   c.kv_len = 5 * kBlock;
   c.q_heads = 5;
@@ -177,7 +177,7 @@ TEST(coverage_by_hand) {
 
 TEST(coverage_with_broken_masses_reads_everything) {
   Case c;
-  c.mode = BudgetMode::kCoverage;
+  c.mode = BudgetMode::kTopP;
   c.q_len = 2 * kBlock;
   c.kv_len = 3 * kBlock;
   c.peak = {-1, -2, -kInf, -1, -2, -3};
@@ -192,7 +192,7 @@ TEST(coverage_with_broken_masses_reads_everything) {
 
 TEST(a_share_within_rounding_is_reached) {
   Case c;
-  c.mode = BudgetMode::kCoverage;
+  c.mode = BudgetMode::kTopP;
   c.q_len = 2 * kBlock;
   c.kv_len = 4 * kBlock;
   c.peak = {-1, -2, -3, -kInf, -1, -2, -3, -4};
@@ -302,7 +302,7 @@ void check_selection(const Case& c, const Selection& s) {
 
 TEST(random_selections_follow_the_rules) {
   for (unsigned seed = 0; seed < 60; ++seed) {
-    for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kCoverage}) {
+    for (const BudgetMode mode : {BudgetMode::kLastBlock, BudgetMode::kTopP}) {
       const Case c = random_case(seed, mode);
       check_selection(c, select(c));
     }
@@ -311,7 +311,7 @@ TEST(random_selections_follow_the_rules) {
 
 TEST(ranges_of_rows_and_threads_give_the_same_bits) {
   for (unsigned seed = 100; seed < 120; ++seed) {
-    const Case c = random_case(seed, BudgetMode::kCoverage);
+    const Case c = random_case(seed, BudgetMode::kTopP);
     const Selection whole = select(c);
     test::for_some_thread_counts([&] { CHECK(select(c).indices == whole.indices); });
     // From the end, as the pipeline goes: the first call leaves the shares for the others.
@@ -359,7 +359,7 @@ TEST(rules) {
                select(c));
   c.num_sink_blocks = 0;
   c.only_prefixes = true;
-  c.mode = BudgetMode::kCoverage;
+  c.mode = BudgetMode::kTopP;
   c.mass = {0.5f, 0.5f};
   CHECK_THROWS(InvalidArgument,
                "select_blocks: only_prefixes must be false with budget_mode=\"coverage\", got true",

@@ -55,7 +55,7 @@ SelectArgs make_args(const SelectParams& p) {
   args.budgets = p.budgets;
   args.indices = p.indices;
   args.counts = p.counts;
-  args.shares = p.budget_mode == BudgetMode::kCoverage ? p.shares : nullptr;
+  args.shares = p.budget_mode == BudgetMode::kTopP ? p.shares : nullptr;
   return args;
 }
 

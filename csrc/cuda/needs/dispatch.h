@@ -4,21 +4,21 @@
 
 #include <cstdint>
 
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn::cuda {
 
-// From BudgetLayout::block_lse to budgets; every device.
-void launch_count_blocks(const BudgetParams& params, Stream stream);
-void launch_fill_budgets(const BudgetParams& params, int64_t budget, Stream stream);
+// From NeedLayout::block_lse to budgets; every device.
+void launch_count_blocks(const NeedParams& params, Stream stream);
+void launch_fill_budgets(const NeedParams& params, int64_t budget, Stream stream);
 
 }  // namespace proxyattn::cuda
 
-// Each fills BudgetLayout::block_lse.
+// Each fills NeedLayout::block_lse.
 namespace proxyattn::cuda::sm80 {
 
-void launch_block_lse(const BudgetParams& params, Stream stream);
+void launch_block_lse(const NeedParams& params, Stream stream);
 
 }  // namespace proxyattn::cuda::sm80
 
@@ -26,9 +26,9 @@ namespace proxyattn::cuda::sm90 {
 
 // Defined, one instance a file, by the family's hdim<head_dim>_<dtype>.cu.
 template <int kHeadDim, DType kDType>
-void launch_block_lse(const BudgetParams& params, Stream stream);
+void launch_block_lse(const NeedParams& params, Stream stream);
 
 // True if the copy engine can address the call's tensors.
-bool block_lse_fits(const BudgetParams& params);
+bool block_lse_fits(const NeedParams& params);
 
 }  // namespace proxyattn::cuda::sm90

@@ -13,7 +13,7 @@
 
 #include <cstdint>
 
-#include "cuda/budget/sm90/problem.h"
+#include "cuda/needs/sm90/problem.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -25,19 +25,19 @@
 namespace proxyattn::cuda::sm90 {
 
 template <typename Traits>
-struct __align__(1024) BudgetStorage {
+struct __align__(1024) NeedStorage {
   LogitStorage<Traits> logits;
 };
 
 template <typename Traits>
-PROXYATTN_DEVICE void load_budget_items(const BudgetProblem& p, BudgetStorage<Traits>& shared) {
+PROXYATTN_DEVICE void load_need_items(const NeedProblem& p, NeedStorage<Traits>& shared) {
   QueryLoader<Traits> queries(shared.logits, p.q_map);
   KeyLoader<Traits> keys(shared.logits, p.keys);
   for (int idx = blockIdx.x; idx < p.num_items; idx += gridDim.x) {
-    const BudgetItem item = BudgetItem::make(p, idx);
+    const NeedItem item = NeedItem::make(p, idx);
     queries.wait_slot(ptx::WaitSite::kProducerQuery);
     queries.load(item.batch, [&](int i) {
-      const BudgetRows rows(p, item.row_tile * Traits::kGroups + i);
+      const NeedRows rows(p, item.row_tile * Traits::kGroups + i);
       // Behind the last head there is nothing to load, but the bytes must arrive.
       const int head = min(rows.head, p.group_heads - 1);
       return make_int2(item.kv_head * p.group_heads + head, p.first_query + rows.row);
@@ -47,13 +47,13 @@ PROXYATTN_DEVICE void load_budget_items(const BudgetProblem& p, BudgetStorage<Tr
 }
 
 template <typename Traits, int kBlockKeys>
-class BudgetConsumer {
+class NeedConsumer {
   using Blocks = LaneBlocks<kBlockKeys>;
   static_assert(!Blocks::kBothRows);
 
  public:
-  PROXYATTN_DEVICE BudgetConsumer(const BudgetProblem& problem,
-                                  BudgetStorage<Traits>& shared,
+  PROXYATTN_DEVICE NeedConsumer(const NeedProblem& problem,
+                                  NeedStorage<Traits>& shared,
                                   int group)
       : p_(problem), stream_(shared.logits, group), group_(group) {
     warp_ = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kWarpLanes % 4, 0);
@@ -61,7 +61,7 @@ class BudgetConsumer {
 
   PROXYATTN_DEVICE void run() {
     for (int idx = blockIdx.x; idx < p_.num_items; idx += gridDim.x) {
-      const BudgetItem item = BudgetItem::make(p_, idx);
+      const NeedItem item = NeedItem::make(p_, idx);
       begin(item);
       stream_.wait_query();
       stream_.for_each_tile(item.first_tile, item.num_tiles, *this);
@@ -92,8 +92,8 @@ class BudgetConsumer {
   }
 
  private:
-  PROXYATTN_DEVICE void begin(const BudgetItem& item) {
-    const BudgetRows rows(p_, item.row_tile * Traits::kGroups + group_);
+  PROXYATTN_DEVICE void begin(const NeedItem& item) {
+    const NeedRows rows(p_, item.row_tile * Traits::kGroups + group_);
     const int warp_row = rows.row + warp_ * 16;
     const int q_block = p_.head_units * kGroupRows;
     const int head = (item.batch * p_.kv_heads + item.kv_head) * p_.group_heads + rows.head;
@@ -104,7 +104,7 @@ class BudgetConsumer {
     sums_.reset();
   }
 
-  const BudgetProblem& p_;
+  const NeedProblem& p_;
   LogitStream<Traits> stream_;
   RowSums sums_;
   float* out_;      // of the warp's first row; null: there is no such head
@@ -115,10 +115,10 @@ class BudgetConsumer {
 
 template <typename Traits, int kBlockKeys>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    block_lse_kernel(const __grid_constant__ BudgetProblem problem) {
-  static_assert(sizeof(BudgetStorage<Traits>) <= kLogitSharedBytes);
+    block_lse_kernel(const __grid_constant__ NeedProblem problem) {
+  static_assert(sizeof(NeedStorage<Traits>) <= kLogitSharedBytes);
   extern __shared__ __align__(1024) uint8_t raw_shared[];
-  auto& shared = *reinterpret_cast<BudgetStorage<Traits>*>(raw_shared);
+  auto& shared = *reinterpret_cast<NeedStorage<Traits>*>(raw_shared);
   // Through a shuffle, so that the compiler knows the role to be uniform in a warp.
   const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
   if (threadIdx.x == 0) {
@@ -131,10 +131,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (warpgroup == 0) {
     ptx::give_back_registers<Traits::kProducerRegisters>();
-    if (threadIdx.x == 0) load_budget_items<Traits>(problem, shared);
+    if (threadIdx.x == 0) load_need_items<Traits>(problem, shared);
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();
-    BudgetConsumer<Traits, kBlockKeys>(problem, shared, warpgroup - 1).run();
+    NeedConsumer<Traits, kBlockKeys>(problem, shared, warpgroup - 1).run();
   }
 }
 

@@ -5,27 +5,27 @@
 
 #include <cuda_runtime.h>
 
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 
-#include "cuda/budget/dispatch.h"
-#include "cuda/budget/layout.h"
-#include "cuda/budget/sm90/kernel.cuh"
+#include "cuda/needs/dispatch.h"
+#include "cuda/needs/layout.h"
+#include "cuda/needs/sm90/kernel.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tensor_map.h"
 
 namespace proxyattn::cuda::sm90 {
 
-inline constexpr const char* kBudgetOp = "estimate_budgets";
+inline constexpr const char* kNeedOp = "estimate_budgets";
 
 template <typename Traits>
-BudgetProblem make_budget_problem(const BudgetParams& b, int multiprocessors) {
-  BudgetProblem p{};
-  p.q_map = make_tensor_map(kBudgetOp, b.q, b.dtype, {b.q_len, b.head_dim, b.q_heads, b.batch},
+NeedProblem make_need_problem(const NeedParams& b, int multiprocessors) {
+  NeedProblem p{};
+  p.q_map = make_tensor_map(kNeedOp, b.q, b.dtype, {b.q_len, b.head_dim, b.q_heads, b.batch},
                             b.q_strides, {kGroupRows, Traits::kBoxes});
-  p.keys = make_key_maps(kBudgetOp, b.k, b.dtype, {b.kv_len, b.head_dim, b.kv_heads, b.batch},
+  p.keys = make_key_maps(kNeedOp, b.k, b.dtype, {b.kv_len, b.head_dim, b.kv_heads, b.batch},
                          b.k_strides);
-  const BudgetLayout layout(b);
+  const NeedLayout layout(b);
   p.block_lse = layout.block_lse;
   p.kv_heads = static_cast<int>(b.kv_heads);
   p.group_heads = static_cast<int>(b.q_heads / b.kv_heads);
@@ -51,19 +51,19 @@ BudgetProblem make_budget_problem(const BudgetParams& b, int multiprocessors) {
 }
 
 template <typename Traits, int kBlockKeys>
-void launch_block_lse_kernel(const BudgetParams& params, Stream stream) {
-  const int multiprocessors = device_attribute(kBudgetOp, cudaDevAttrMultiProcessorCount);
-  const BudgetProblem problem = make_budget_problem<Traits>(params, multiprocessors);
+void launch_block_lse_kernel(const NeedParams& params, Stream stream) {
+  const int multiprocessors = device_attribute(kNeedOp, cudaDevAttrMultiProcessorCount);
+  const NeedProblem problem = make_need_problem<Traits>(params, multiprocessors);
   LaunchShape shape{};
   shape.grid_x = min_of<int64_t>(multiprocessors, problem.num_items);
   shape.grid_y = shape.grid_z = 1;
   shape.threads = Traits::kThreads;
-  shape.shared_bytes = sizeof(BudgetStorage<Traits>);
-  launch<block_lse_kernel<Traits, kBlockKeys>>(kBudgetOp, shape, stream, problem);
+  shape.shared_bytes = sizeof(NeedStorage<Traits>);
+  launch<block_lse_kernel<Traits, kBlockKeys>>(kNeedOp, shape, stream, problem);
 }
 
 template <int kHeadDim, DType kDType>
-void launch_block_lse(const BudgetParams& params, Stream stream) {
+void launch_block_lse(const NeedParams& params, Stream stream) {
   using Traits = LogitTraits<kHeadDim, kDType>;
   if (params.batch == 0) return;
   if (params.kv_block == kLogitKeys) {

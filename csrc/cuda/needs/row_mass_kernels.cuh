@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "cuda/budget/layout.h"
+#include "cuda/needs/layout.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
@@ -22,7 +22,7 @@ namespace proxyattn::cuda {
 
 inline constexpr int kMassThreads = 256;
 inline constexpr int kMassWarps = kMassThreads / kWarpLanes;
-inline constexpr int kMaxBudgetRows = 128;
+inline constexpr int kMaxNeedRows = 128;
 
 // Sum of 2^x over all x added, without overflow.
 struct LogSum {
@@ -64,7 +64,7 @@ PROXYATTN_DEVICE float log_sum_column(const float* values, int64_t pitch, int co
 
 // Grid: parts, then heads.
 static __global__ void __launch_bounds__(kMassThreads)
-    part_lse_kernel(const __grid_constant__ BudgetLayout p) {
+    part_lse_kernel(const __grid_constant__ NeedLayout p) {
   __shared__ float shares[kMassThreads];
   const int64_t head = blockIdx.x / p.num_parts;
   const int64_t part = blockIdx.x - head * p.num_parts;
@@ -86,9 +86,9 @@ static __global__ void __launch_bounds__(kMassThreads)
 
 // Grid: parts, then heads.
 static __global__ void __launch_bounds__(kMassThreads)
-    block_mass_kernel(const __grid_constant__ BudgetLayout p) {
-  constexpr int kLaneRows = kMaxBudgetRows / kWarpLanes;
-  __shared__ float row_lse[kMaxBudgetRows];
+    block_mass_kernel(const __grid_constant__ NeedLayout p) {
+  constexpr int kLaneRows = kMaxNeedRows / kWarpLanes;
+  __shared__ float row_lse[kMaxNeedRows];
   const int64_t head = blockIdx.x / p.num_parts;
   const int64_t part = blockIdx.x - head * p.num_parts;
   const int thread = static_cast<int>(threadIdx.x);

@@ -15,7 +15,7 @@
 
 namespace proxyattn::cuda::sm90 {
 
-struct BudgetProblem {
+struct NeedProblem {
   CUtensorMap q_map;  // [batch, q_heads, head_dim / 64, q_len, 64], 64 rows
   KeyMaps keys;       // [batch, kv_heads, kv_len, head_dim]
 
@@ -37,15 +37,15 @@ struct BudgetProblem {
   float factor;  // scale * log2(e)
 };
 
-struct BudgetItem {
+struct NeedItem {
   int batch;
   int kv_head;
   int row_tile;
   int first_tile;
   int num_tiles;
 
-  static PROXYATTN_HOST_DEVICE BudgetItem make(const BudgetProblem& p, int item) {
-    BudgetItem i;
+  static PROXYATTN_HOST_DEVICE NeedItem make(const NeedProblem& p, int item) {
+    NeedItem i;
     i.row_tile = item % p.group_tiles;
     item /= p.group_tiles;
     const int chunk = item % p.num_chunks;
@@ -59,11 +59,11 @@ struct BudgetItem {
 };
 
 // A warpgroup's 64 rows.
-struct BudgetRows {
+struct NeedRows {
   int head;  // of the kv head's query heads
   int row;   // first of its rows, counted from the head's first
 
-  PROXYATTN_HOST_DEVICE BudgetRows(const BudgetProblem& p, int unit)
+  PROXYATTN_HOST_DEVICE NeedRows(const NeedProblem& p, int unit)
       : head(unit / p.head_units), row(unit % p.head_units * kGroupRows) {}
 };
 

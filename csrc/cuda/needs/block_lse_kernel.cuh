@@ -21,7 +21,7 @@
 
 namespace proxyattn::cuda {
 
-struct BudgetProblem {
+struct NeedProblem {
   const void* q;  // the first of the last `rows` queries
   const void* k;
   float* block_lse;
@@ -56,7 +56,7 @@ struct BudgetProblem {
 
 template <typename Traits>
 struct BlockLseConsumer {
-  const BudgetProblem& p;
+  const NeedProblem& p;
   float* block_lse;  // of the query head of this warp's rows; null if there is none
   int warp_row;      // row of the warp's first in its head
   int end_key;
@@ -95,7 +95,7 @@ struct BlockLseConsumer {
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
                                   LogitTraits<Element, kHeadDim>::kBlocksPerSm)
-    block_lse_kernel(const __grid_constant__ BudgetProblem p) {
+    block_lse_kernel(const __grid_constant__ NeedProblem p) {
   using Traits = LogitTraits<Element, kHeadDim>;
   extern __shared__ __align__(1024) unsigned char shared[];
   int64_t idx = blockIdx.x;

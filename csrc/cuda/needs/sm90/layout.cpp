@@ -1,9 +1,9 @@
 // Which calls the sm90 family takes.
 #include <cstdint>
 
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 
-#include "cuda/budget/dispatch.h"
+#include "cuda/needs/dispatch.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/sm90/key_maps.h"
 
@@ -14,7 +14,7 @@ constexpr int64_t kMaxCount = int64_t{1} << 30;  // the kernel counts with 32 bi
 
 }  // namespace
 
-bool block_lse_fits(const BudgetParams& p) {
+bool block_lse_fits(const NeedParams& p) {
   const bool counted = p.kv_len <= kMaxCount && p.q_len <= kMaxCount && -kMaxCount <= p.q_offset &&
                        p.q_offset <= kMaxCount && p.batch * p.q_heads <= kMaxCount / (p.kv_len + 1);
   return counted && tensor_map_fits(p.q, {p.q_len, p.head_dim, p.q_heads, p.batch}, p.q_strides) &&

@@ -15,20 +15,20 @@ Workload prepare(Machine& machine, const Case& one) {
   const int64_t heads = problem.batch * problem.q_heads;
   const auto budgets = empty_buffer(machine, heads * int64_t{sizeof(int32_t)});
 
-  proxyattn::BudgetParams params = budget_params(problem);
+  proxyattn::NeedParams params = need_params(problem);
   params.gamma = one.number("gamma");
   params.q = q->data();
   params.k = k->data();
   params.budgets = budgets->as<int32_t>();
-  params.workspace_bytes = machine.stages().estimate_budgets_workspace_bytes(params);
+  params.workspace_bytes = machine.stages().estimate_needs_workspace_bytes(params);
   const auto workspace = empty_buffer(machine, params.workspace_bytes);
   params.workspace = workspace->data();
 
   Workload work;
   work.launch = [&machine, params, q, k, budgets, workspace] {
-    machine.stages().estimate_budgets(params, machine.stream());
+    machine.stages().estimate_needs(params, machine.stream());
   };
-  work.check = [&machine, params] { check_budget(machine, params); };
+  work.check = [&machine, params] { check_needs(machine, params); };
   const int64_t rows = heads * std::min(problem.block_size, problem.length);
   work.flops =
       2.0 * static_cast<double>(rows) * static_cast<double>(problem.length * problem.head_dim);

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 
 #include "common/math.h"
 
@@ -13,7 +13,7 @@ namespace proxyattn::cuda {
 // Key blocks that one thread block of the counting kernels works on.
 inline constexpr int64_t kBlocksPerPart = 64;
 
-struct BudgetLayout {
+struct NeedLayout {
   int64_t heads;  // batch * q_heads
   int64_t num_kv_blocks;
   int64_t num_parts;  // of the key blocks
@@ -23,7 +23,7 @@ struct BudgetLayout {
   float* part_lse;    // [heads, parts, q_block], base 2: log-sum over the part's blocks
   float* mass;        // [heads, kv_blocks]: sum over rows of the block's share
 
-  explicit BudgetLayout(const BudgetParams& p)
+  explicit NeedLayout(const NeedParams& p)
       : heads(p.batch * p.q_heads),
         num_kv_blocks(ceil_div(p.kv_len, p.kv_block)),
         num_parts(ceil_div(num_kv_blocks, kBlocksPerPart)),

@@ -1,9 +1,9 @@
 // The portable kernel that finds how the last queries spread: every device, every layout.
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 
-#include "cuda/budget/block_lse_kernel.cuh"
-#include "cuda/budget/dispatch.h"
-#include "cuda/budget/layout.h"
+#include "cuda/needs/block_lse_kernel.cuh"
+#include "cuda/needs/dispatch.h"
+#include "cuda/needs/layout.h"
 #include "cuda/common/launch.h"
 
 namespace proxyattn::cuda::sm80 {
@@ -17,14 +17,14 @@ constexpr int kShortChunkKeys = 1024;
 constexpr int kLongChunkKeys = 4096;
 constexpr int64_t kManyKeys = 65536;
 
-BudgetProblem make_problem(const BudgetParams& p) {
-  BudgetProblem s{};
+NeedProblem make_problem(const NeedParams& p) {
+  NeedProblem s{};
   const int64_t rows = min_of(p.q_block, p.q_len);
   const int64_t first_query = p.q_len - rows;
   // 16-bit elements, whatever their format.
   s.q = static_cast<const uint16_t*>(p.q) + first_query * p.q_strides.token;
   s.k = p.k;
-  s.block_lse = BudgetLayout(p).block_lse;
+  s.block_lse = NeedLayout(p).block_lse;
   s.q_strides = p.q_strides;
   s.k_strides = p.k_strides;
   s.batch = p.batch;
@@ -46,7 +46,7 @@ BudgetProblem make_problem(const BudgetParams& p) {
 }
 
 template <typename Element, int kHeadDim>
-void launch_kernel(BudgetProblem problem, Stream stream) {
+void launch_kernel(NeedProblem problem, Stream stream) {
   using Traits = LogitTraits<Element, kHeadDim>;
   problem.group_tiles =
       static_cast<int>(ceil_div<int64_t>(problem.group_heads * problem.q_block, Traits::kTileRows));
@@ -57,7 +57,7 @@ void launch_kernel(BudgetProblem problem, Stream stream) {
 }
 
 template <typename Element>
-void launch_head_dim(int64_t head_dim, const BudgetProblem& problem, Stream stream) {
+void launch_head_dim(int64_t head_dim, const NeedProblem& problem, Stream stream) {
   if (head_dim == 64) {
     launch_kernel<Element, 64>(problem, stream);
   } else if (head_dim == 128) {
@@ -69,8 +69,8 @@ void launch_head_dim(int64_t head_dim, const BudgetProblem& problem, Stream stre
 
 }  // namespace
 
-void launch_block_lse(const BudgetParams& params, Stream stream) {
-  const BudgetProblem problem = make_problem(params);
+void launch_block_lse(const NeedParams& params, Stream stream) {
+  const NeedProblem problem = make_problem(params);
   if (params.dtype == DType::kBFloat16) {
     launch_head_dim<__nv_bfloat16>(params.head_dim, problem, stream);
   } else {

@@ -1,13 +1,13 @@
 // Picks the kernels of estimate_budgets: the newest family that the device can run and that takes
 // the call's layout finds how the queries spread, then portable kernels count.
-#include "cuda/budget/dispatch.h"
+#include "cuda/needs/dispatch.h"
 
 #include "proxyattn/device.h"
 #include "proxyattn/error.h"
 
 #include "common/math.h"
 #include "common/validate.h"
-#include "cuda/budget/layout.h"
+#include "cuda/needs/layout.h"
 #include "cuda/common/family.h"
 #include "cuda/common/limits.h"
 
@@ -17,8 +17,8 @@ namespace {
 constexpr const char* kOp = "estimate_budgets";
 
 struct Kernel : KernelKey {
-  void (*launch)(const BudgetParams& params, Stream stream);
-  bool (*fits)(const BudgetParams& params);  // null: takes every layout
+  void (*launch)(const NeedParams& params, Stream stream);
+  bool (*fits)(const NeedParams& params);  // null: takes every layout
 };
 
 #ifdef PROXYATTN_HAS_SM90
@@ -41,35 +41,35 @@ constexpr Kernel kKernels[] = {
     {{kSm80, kAnyHeadDim, {}}, sm80::launch_block_lse, nullptr},
 };
 
-const Kernel& choose_kernel(const BudgetParams& p) {
+const Kernel& choose_kernel(const NeedParams& p) {
   const FamilyChoice choice(kOp);
   if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
   choice.refuse(kOp, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
 }
 
 // Whether the settings alone decide the budgets.
-bool is_trivial(const BudgetParams& p) {
+bool is_trivial(const NeedParams& p) {
   return p.q_len == 0 || p.kv_len == 0 || !(p.gamma > 0.0 && p.gamma < 1.0);
 }
 
-int64_t trivial_budget(const BudgetParams& p) {
+int64_t trivial_budget(const NeedParams& p) {
   if (p.q_len == 0 || p.kv_len == 0) return 0;
   return p.gamma >= 1.0 ? ceil_div(p.kv_len, p.kv_block) : 1;
 }
 
 }  // namespace
 
-int64_t estimate_budgets_workspace_bytes(const BudgetParams& params) {
-  validate_budget(params);
-  return is_trivial(params) ? 0 : BudgetLayout(params).bytes();
+int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
+  validate_needs(params);
+  return is_trivial(params) ? 0 : NeedLayout(params).bytes();
 }
 
-void estimate_budgets(const BudgetParams& params, Stream stream) {
-  validate_budget(params);
+void estimate_needs(const NeedParams& params, Stream stream) {
+  validate_needs(params);
   check_dtype(kOp, params.dtype);
   check_num_kv_blocks(kOp, ceil_div(params.kv_len, params.kv_block));
   validate_workspace(kOp, params.workspace, params.workspace_bytes,
-                     estimate_budgets_workspace_bytes(params));
+                     estimate_needs_workspace_bytes(params));
   if (is_trivial(params)) {
     launch_fill_budgets(params, trivial_budget(params), stream);
     return;

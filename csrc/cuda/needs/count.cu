@@ -1,9 +1,9 @@
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 
-#include "cuda/budget/count_blocks_kernel.cuh"
-#include "cuda/budget/dispatch.h"
-#include "cuda/budget/layout.h"
-#include "cuda/budget/row_mass_kernels.cuh"
+#include "cuda/needs/count_blocks_kernel.cuh"
+#include "cuda/needs/dispatch.h"
+#include "cuda/needs/layout.h"
+#include "cuda/needs/row_mass_kernels.cuh"
 #include "cuda/common/launch.h"
 #include "cuda/common/limits.h"
 
@@ -23,8 +23,8 @@ void launch_count(const CountProblem& problem, int64_t heads, Stream stream) {
 
 }  // namespace
 
-void launch_count_blocks(const BudgetParams& params, Stream stream) {
-  const BudgetLayout layout(params);
+void launch_count_blocks(const NeedParams& params, Stream stream) {
+  const NeedLayout layout(params);
   LaunchShape parts{layout.heads * layout.num_parts};
   parts.threads = kMassThreads;
   launch<part_lse_kernel>(kOp, parts, stream, layout);
@@ -42,7 +42,7 @@ void launch_count_blocks(const BudgetParams& params, Stream stream) {
   }
 }
 
-void launch_fill_budgets(const BudgetParams& params, int64_t budget, Stream stream) {
+void launch_fill_budgets(const NeedParams& params, int64_t budget, Stream stream) {
   const int64_t num_budgets = params.batch * params.q_heads;
   LaunchShape shape{ceil_div<int64_t>(num_budgets, kFillThreads)};
   shape.threads = kFillThreads;

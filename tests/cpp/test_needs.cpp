@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 #include "proxyattn/error.h"
 
 #include "check.h"
@@ -23,8 +23,8 @@ using test::Tensor;
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kScale = 0.3f;
 
-BudgetParams params_of(const Tensor& q, const Tensor& k, double gamma, int64_t block, bool causal) {
-  BudgetParams p{};
+NeedParams params_of(const Tensor& q, const Tensor& k, double gamma, int64_t block, bool causal) {
+  NeedParams p{};
   p.batch = q.batch;
   p.q_len = q.tokens;
   p.kv_len = k.tokens;
@@ -47,11 +47,11 @@ BudgetParams params_of(const Tensor& q, const Tensor& k, double gamma, int64_t b
 
 std::vector<int32_t> budgets(
     const Tensor& q, const Tensor& k, double gamma, int64_t block = 64, bool causal = true) {
-  BudgetParams p = params_of(q, k, gamma, block, causal);
+  NeedParams p = params_of(q, k, gamma, block, causal);
   std::vector<int32_t> out(static_cast<std::size_t>(q.batch * q.heads), -7);
   p.budgets = out.data();
-  const test::Workspace workspace(p, cpu::estimate_budgets_workspace_bytes(p));
-  cpu::estimate_budgets(p);
+  const test::Workspace workspace(p, cpu::estimate_needs_workspace_bytes(p));
+  cpu::estimate_needs(p);
   return out;
 }
 
@@ -170,11 +170,11 @@ TEST(rules) {
                "estimate_budgets: block_size must be one of 64, 128, got "
                "block_size=32",
                budgets(x, x, 0.9, 32));
-  BudgetParams p = params_of(x, x, 0.9, 64, true);
-  const int64_t needed = cpu::estimate_budgets_workspace_bytes(p);
+  NeedParams p = params_of(x, x, 0.9, 64, true);
+  const int64_t needed = cpu::estimate_needs_workspace_bytes(p);
   CHECK_THROWS(InvalidArgument,
                "estimate_budgets: workspace must hold " + std::to_string(needed) + " bytes, got 0",
-               cpu::estimate_budgets(p));
+               cpu::estimate_needs(p));
 }
 
 }  // namespace
