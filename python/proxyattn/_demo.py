@@ -20,8 +20,8 @@ NUM_TOPICS = 64
 TOPIC_SIZE = 4  # dimensions of a topic: few, so that topics resemble each other more or less
 SEGMENT_TOKENS = (32, 256)  # shortest and longest stretch of one topic
 LOCAL_TOKENS = (16, 256)  # reach of the sharpest and of the widest neighbourhood feature
-# Logits that the narrowest and the widest head give to each part. A sink's are counted from where it
-# weighs as much as all other tokens together; a topic's are those of its own tokens.
+# Logits that the narrowest and the widest head give to each part. A sink's are counted from where
+# it weighs as much as all other tokens together; a topic's are those of its own tokens.
 SINK_NATS = (3.0, -5.0)
 LOCAL_NATS = (3.5, 0.0)
 TOPIC_NATS = (7.0, 3.0)
