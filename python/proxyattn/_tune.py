@@ -113,19 +113,13 @@ def tune(
 
 def _proxies(reading: Reading) -> list[int]:
     """The default number of proxies, and the next smaller and larger ones that all layers allow."""
+    from proxyattn.hf import legal_proxy_heads
+
     layers = {(layer.call.counts.shape[1], layer.kv_heads) for layer in reading.layers}
-    allowed = [
-        count
-        for count in range(1, max(q_heads for q_heads, _ in layers) + 1)
-        if all(_fits(count, *heads) for heads in layers)
-    ]
+    allowed = sorted(set.intersection(*(set(legal_proxy_heads(*heads)) for heads in layers)))
     default = Settings().resolve(*max(layers)).num_proxy_heads
     place = min(range(len(allowed)), key=lambda index: abs(allowed[index] - default))
     return allowed[max(0, place - 1) : place + 2]
-
-
-def _fits(count: int, q_heads: int, kv_heads: int) -> bool:
-    return kv_heads % count == 0 or (count % kv_heads == 0 and q_heads % count == 0)
 
 
 def tune_report(result: TuneResult) -> str:
