@@ -1,7 +1,7 @@
 """Training-free sparse prefill attention for long-context language models.
 
 ``proxy_attention(q, k, v)`` is the whole method; the functions beside it are its stages. All of
-them are also ops, ``torch.ops.proxyattn.*``.
+them are also ops, ``torch.ops.proxyattn.*``. ``Settings`` holds the arguments that choose blocks.
 """
 
 import torch  # before the extension, which links against the libraries that it loads
@@ -26,10 +26,12 @@ from proxyattn.ops import (
     score_blocks,
     select_blocks,
 )
+from proxyattn.settings import Settings
 
 __version__ = _C.version
 
 __all__ = [
+    "Settings",
     "block_sparse_attention",
     "check_block_lists",
     "choose_blocks",
