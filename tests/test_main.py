@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import number, part, run
+from proxyattn._model import load
 from tiny_model import save_tiny_model
 
 CODE_MODEL = Path(__file__).parents[2] / "shared" / "models" / "code-llama-26m"
@@ -144,17 +145,18 @@ def test_what_a_short_prompt_means_is_said(capsys, model):
     assert "default: the prompt is within" not in out
 
 
-def test_how_much_of_the_text_was_read_is_said(capsys, model, tmp_path):
-    def prompt(*arguments):
-        status, out, _ = run(capsys, *model, *arguments)
-        assert status == 0
-        return re.search(r"^  prompt +(.*) of ", out, re.MULTILINE)[1]
+def test_how_much_of_the_text_was_read_is_said(model, tmp_path):
+    _, folder, _, text, *_ = model
 
-    assert prompt("--length", "3000") == "all 3000 tokens"
-    assert prompt("--length", "3001") == "all 3000 tokens, fewer than --length 3001,"
-    assert prompt("--length", "2999") == "the first 2999 tokens"
-    model = [*model, "--model", save_tiny_model(tmp_path, max_position_embeddings=500)]
-    assert prompt("--length", "600") == "the first 500 tokens (the model's limit is 500)"
+    def prompt(folder, length):
+        about = load(folder, text, length, torch.float32, torch.device("cpu")).about_prompt
+        return about.removesuffix(f" of {text}")
+
+    assert prompt(folder, 3000) == "all 3000 tokens"
+    assert prompt(folder, 3001) == "all 3000 tokens, fewer than --length 3001,"
+    assert prompt(folder, 2999) == "the first 2999 tokens"
+    limited = save_tiny_model(tmp_path, max_position_embeddings=500)
+    assert prompt(limited, 600) == "the first 500 tokens (the model's limit is 500)"
 
 
 @pytest.mark.skipif(not CODE_MODEL.is_dir(), reason="the code model is not beside the checkout")

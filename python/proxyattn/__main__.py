@@ -19,6 +19,7 @@ from proxyattn._options import (
     MODEL_LENGTH,
     PRESETS,
     PROGRAM,
+    TUNE_REPEATS,
     main_parser,
     tune_parser,
 )
@@ -200,7 +201,7 @@ def _run_tune(
         base,
         sweep,
         options.max_loss,
-        options.repeats,
+        options.repeats or TUNE_REPEATS[device.type],
     )
     print(tune_report(result))
     if result.best is None:

@@ -17,6 +17,7 @@ LAYER_DEFAULTS = {
     "cpu": {"length": 8192, "heads": 8, "kv_heads": 2, "dtype": "float32", "repeats": 3},
 }
 MODEL_LENGTH = {"cuda": 32768, "cpu": 8192}
+TUNE_REPEATS = {"cuda": 3, "cpu": 1}
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,8 +140,8 @@ def tune_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--repeats",
         type=int,
-        default=3,
-        help="timed prefills of each setting, of which the median counts (default: %(default)s)",
+        help="timed prefills of each setting, of which the median counts (default: "
+        f"{TUNE_REPEATS['cuda']} on a GPU, {TUNE_REPEATS['cpu']} on a CPU)",
     )
     sweep = parser.add_argument_group("sweep, all values with all")
     several = {"nargs": "+", "metavar": "X"}

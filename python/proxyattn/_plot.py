@@ -18,6 +18,7 @@ NUM_HEADS = 4  # drawn: the ones that read least and most, and some between
 MAX_ROWS = 128  # query blocks drawn; longer prompts are thinned out
 ROWS_PER_BLOCK = 4  # queries of each drawn block whose attention is averaged
 READ_COLOUR = "#b7d9c3"
+MISSED_COLOUR = "#f1605d"  # in the legend: one of the colours of the attention mass
 MIN_MASS = 1e-5  # smallest share of attention that the colours tell apart
 
 
@@ -69,7 +70,10 @@ def plot_layer(layer: Layer, stages: StageOutputs, settings: Settings, path: Pat
             f"reads {percent(reads)} of the blocks and misses {percent(1 - kept)} of the attention",
             fontsize=10,
         )
-        handles = [Patch(color=READ_COLOUR, label="read"), Patch(fill=False, label="else: missed")]
+        handles = [
+            Patch(color=READ_COLOUR, label="read"),
+            Patch(color=MISSED_COLOUR, label="missed"),
+        ]
         right.legend(handles=handles, loc="upper right")
         for axis in (left, right):
             axis.set_xlabel("key token")
