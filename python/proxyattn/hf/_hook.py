@@ -109,13 +109,7 @@ class _Hook:
             if refusal is not None:
                 raise ValueError(refusal)
         sign = causal_sign(**arguments)
-        if sign is None:
-            return sdpa_mask(**arguments)
-        q_len, device = arguments["q_length"], torch.device(arguments.get("device", "cpu"))
-        causal = read_sign(sign)
-        if causal.sequences is not None and self.is_short(q_len, causal.seen, device):
-            return sdpa_mask(**arguments)  # once, instead of in each layer
-        return sign
+        return sdpa_mask(**arguments) if sign is None else sign
 
     # ---- attention
 

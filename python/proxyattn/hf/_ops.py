@@ -10,13 +10,6 @@ from proxyattn.hf._recording import record_dense
 #: Sparse attention by registered name: (q, k, v, sequences, scale, layer) to the output.
 runners: dict[str, Callable[..., Tensor]] = {}
 
-_NO_LAYER = -1
-
-
-def _layer(number: int) -> int | None:
-    return None if number == _NO_LAYER else number
-
-
 def run(
     name: str,
     q: Tensor,
@@ -27,14 +20,12 @@ def run(
     layer: int | None,
 ) -> Tensor:
     """Calls the runner of that name, from compiled code."""
-    layer = _NO_LAYER if layer is None else layer
     return torch.ops.proxyattn_hf.run(q, k, v, sequences, scale, layer, name)
 
 
 def noting_dense(query: Tensor, layer: int | None, reason: str) -> Tensor:
     """Records a dense call from compiled code. Returns the query, which the call must use: an op
     without a user would be left out."""
-    layer = _NO_LAYER if layer is None else layer
     return torch.ops.proxyattn_hf.note_dense(query, layer, reason)
 
 
@@ -44,18 +35,18 @@ _TAGS = (torch.Tag.pt2_compliant_tag, *([] if _UNSAFE is None else [_UNSAFE]))
 
 torch.library.define(
     "proxyattn_hf::run",
-    "(Tensor q, Tensor k, Tensor v, Tensor? sequences, float? scale, int layer, str name) "
+    "(Tensor q, Tensor k, Tensor v, Tensor? sequences, float? scale, int? layer, str name) "
     "-> Tensor",
     tags=_TAGS,
 )
 torch.library.define(
-    "proxyattn_hf::note_dense", "(Tensor query, int layer, str reason) -> Tensor", tags=_TAGS
+    "proxyattn_hf::note_dense", "(Tensor query, int? layer, str reason) -> Tensor", tags=_TAGS
 )
 
 
 @torch.library.impl("proxyattn_hf::run", ("CPU", "CUDA"))
 def _(q, k, v, sequences, scale, layer, name):
-    return runners[name](q, k, v, sequences, scale, _layer(layer)).contiguous()
+    return runners[name](q, k, v, sequences, scale, layer).contiguous()
 
 
 @torch.library.register_fake("proxyattn_hf::run")
@@ -65,7 +56,7 @@ def _(q, k, v, sequences, scale, layer, name):
 
 @torch.library.impl("proxyattn_hf::note_dense", ("CPU", "CUDA"))
 def _(query, layer, reason):
-    record_dense(_layer(layer), reason)
+    record_dense(layer, reason)
     return query.clone()
 
 
