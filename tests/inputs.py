@@ -15,19 +15,22 @@ HEAD_DIMS = tuple(sorted({config["head_dim"] for config in proxyattn.supported_c
 #: around the rows, filled with NaN, so that a read outside the tensor shows.
 LAYOUTS = ("plain", "heads_first", "packed", "padded", "unaligned")
 
-#: (q_heads, kv_heads, proxy_heads)
+#: (q_heads, kv_heads, proxy_heads): fewer proxies than kv heads, as many, and more.
 HEADS = (
     (1, 1, 1),
     (4, 4, 4),
     (4, 4, 2),
     (4, 1, 1),
+    (4, 1, 4),
     (8, 2, 1),
     (8, 2, 2),
+    (8, 2, 4),
     (7, 1, 1),
-    (14, 2, 2),
-    (8, 1, 1),
+    (7, 1, 7),
+    (14, 2, 14),
     (16, 4, 1),
     (12, 4, 4),
+    (12, 3, 6),
 )
 
 #: (q_len, kv_len, causal): one token, blocks of 64 and 128 and one more or less, primes, chunks of

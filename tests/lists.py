@@ -2,9 +2,12 @@
 decide are so close that rounding may turn them. Those rows are held to what defines them."""
 
 import numpy as np
+from reference import select as reference
+from reference.grid import forced_blocks, num_visible
 
-#: A coverage count may differ where a cumulative share is this close to the one to reach.
-SHARE_MARGIN = 1e-5
+#: A top-p count may differ where a cumulative mass is this close to what is needed, as a part of
+#: the mass outside the forced blocks.
+MASS_MARGIN = 1e-5
 
 
 def assert_same_lists(indices, expected):
@@ -19,26 +22,45 @@ def assert_same_lists(indices, expected):
     )
 
 
-def assert_counts(counts, expected, covered, targets, least):
-    """Coverage counts, and whether each is exact or by property.
+def assert_top_p_counts(
+    counts,
+    rankings,
+    mass,
+    shares,
+    geometry,
+    gamma,
+    min_budget=0,
+    num_sink_blocks=1,
+    num_local_blocks=1,
+):
+    """Counts are those of the reference for these rankings, but for those within the margin, which
+    must reach what is needed as one block less must not. Returns how many those are.
 
-    counts [B, Hq, Mb] on any device, expected numpy. covered[b][h][m] holds the share of the first
-    k = 0 ... V blocks, targets[b][h] the share to reach (2: all), least[m] the smallest count.
+    counts [B, Hq, Mb] on any device, the others numpy: rankings and mass [B, g, Mb, Nb], shares
+    [B, Hq]; geometry is (q_len, kv_len, block_size, causal).
     """
     counts = counts.cpu().numpy()
-    assert counts.shape == expected.shape
+    assert counts.shape == (*shares.shape, rankings.shape[2])
+    needs = reference.needs_of(shares, gamma)
+    heads_per_proxy = counts.shape[1] // rankings.shape[1]
     num_close = 0
-    for b, h, m in np.ndindex(counts.shape):
-        count, shares, target = counts[b, h, m], covered[b][h][m], targets[b, h] - 1e-6
-        visible = len(shares) - 1
-        close = targets[b, h] <= 1 and np.abs(shares - target).min() <= SHARE_MARGIN
-        if not close:
-            assert count == expected[b, h, m], (
-                f"batch {b}, head {h}, row {m}: {count} blocks, reference {expected[b, h, m]}"
-            )
-            continue
-        num_close += 1
-        assert least[m] <= count <= visible
-        assert count == visible or shares[count] >= target - SHARE_MARGIN
-        assert count == least[m] or shares[count - 1] < target + SHARE_MARGIN
+    for b, c, m in np.ndindex(rankings.shape[:3]):
+        visible = num_visible(m, *geometry)
+        forced = len(forced_blocks(m, *geometry, num_sink_blocks, num_local_blocks))
+        least = reference.least_count(forced, visible, min_budget, geometry[2])
+        held = reference.held_parts(mass[b, c, m], rankings[b, c, m, :visible], forced)
+        for h in range(c * heads_per_proxy, (c + 1) * heads_per_proxy):
+            count, need = counts[b, h, m], needs[b, h]
+            where = f"batch {b}, head {h}, row {m}: {count} of {visible} blocks"
+            decided = held is None or not 0 < need < 1 or gamma >= 1
+            if decided or np.abs(held - (need - reference.SLACK)).min() > MASS_MARGIN:
+                free = reference.top_p_count(held, need, forced, visible, gamma)
+                want = min(max(free, least), visible)
+                assert count == want, f"{where}, reference {want}"
+                continue
+            num_close += 1
+            target, free = need - reference.SLACK, count - forced
+            assert least <= count <= visible, where
+            assert count == visible or held[free] >= target - MASS_MARGIN, where
+            assert count == least or held[free - 1] < target + MASS_MARGIN, where
     return num_close

@@ -9,8 +9,11 @@ def matmul(a, b):
     return (a.float() @ b.float()).to(a.dtype)  # what a half-precision product is, but fast on CPUs
 
 
-def pool(x, num_groups, stride):
-    return x[:, ::stride].unflatten(2, (num_groups, x.shape[2] // num_groups)).mean(3)
+def pool(x, num_groups, stride, pooling="mean"):
+    window = stride if pooling == "mean" else 1
+    grouped = x.unflatten(2, (num_groups, x.shape[2] // num_groups))
+    starts = range(0, x.shape[1], stride)
+    return torch.stack([grouped[:, i : i + window].mean((1, 3)) for i in starts], dim=1)
 
 
 def seen_keys(indices, counts, q_len, kv_len, block_size, causal):

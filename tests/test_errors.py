@@ -35,11 +35,14 @@ def heads(count):
     return lambda x: x[:, :, :1].expand(-1, -1, count, -1)
 
 
-WITH_K = "pool_heads estimate_budgets block_sparse_attention proxy_attention"
+ESTIMATING = "estimate_budgets estimate_shares"
+PIPELINES = "choose_blocks proxy_attention"
+POOLING = f"pool_heads {PIPELINES}"
+SELECTING = f"select_blocks {PIPELINES}"
 WITH_V = "block_sparse_attention proxy_attention"
-WITH_SCALE = "score_blocks estimate_budgets block_sparse_attention proxy_attention"
-WITH_BLOCKS = "score_blocks estimate_budgets select_blocks block_sparse_attention proxy_attention"
-SELECTING = "select_blocks proxy_attention"
+WITH_K = f"{ESTIMATING} {POOLING} block_sparse_attention"
+WITH_SCALE = f"score_blocks {ESTIMATING} {PIPELINES} block_sparse_attention"
+WITH_BLOCKS = f"{WITH_SCALE} select_blocks"
 BAD_ARGUMENTS = [
     # ---- ranks and shapes
     Bad(
@@ -92,9 +95,15 @@ BAD_ARGUMENTS = [
     ),
     Bad(
         "score_blocks",
-        {"k_proxy": lambda x: x[:, :, :1]},
+        {"k_proxy": lambda x: x[:, :49]},
         ValueError,
-        "k_proxy must have shape [2, 50, 2, 64], got shape [2, 50, 1, 64]",
+        "k_proxy must have shape [2, 50, 2, 64], got shape [2, 49, 2, 64]",
+    ),
+    Bad(
+        "score_blocks",
+        {"k_proxy": lambda x: x[:1]},
+        ValueError,
+        "k_proxy must have shape [2, 50, 2, 64], got shape [1, 50, 2, 64]",
     ),
     Bad(
         "score_blocks",
@@ -116,27 +125,45 @@ BAD_ARGUMENTS = [
     ),
     Bad(
         "select_blocks",
-        {"budgets": lambda x: x[0]},
+        {"needs": lambda x: x[0]},
         ValueError,
-        "budgets must have 2 dimensions, got shape [4]",
+        "needs must have shape [2, 4], got shape [4]",
     ),
     Bad(
         "select_blocks",
-        {"budgets": lambda x: x[:1]},
+        {"needs": lambda x: x[:1]},
         ValueError,
-        "budgets must have shape [2, 4], got shape [1, 4]",
+        "needs must have shape [2, 4], got shape [1, 4]",
     ),
     Bad(
         "select_blocks",
-        {"mass": lambda x: x[:, :1], "budget_mode": "coverage"},
+        {"num_heads": 6},
+        ValueError,
+        "needs must have shape [2, 6], got shape [2, 4]",
+    ),
+    Bad(
+        "select_blocks",
+        {"mass": lambda x: x[:, :1]},
         ValueError,
         "mass must have shape [2, 2, 2, 4], got shape [2, 1, 2, 4]",
     ),
     Bad(
         "select_blocks",
-        {"mass": None, "budget_mode": "coverage"},
+        {"mass": None},
         ValueError,
-        "mass must have shape [2, 2, 2, 4], got shape [0]",
+        "mass must be given with budget_mode 'top_p', got None",
+    ),
+    Bad(
+        PIPELINES,
+        {"shares": torch.zeros(4)},
+        ValueError,
+        "shares must have shape [2, 4], got shape [4]",
+    ),
+    Bad(
+        PIPELINES,
+        {"shares": torch.zeros(2, 2)},
+        ValueError,
+        "shares must have shape [2, 4], got shape [2, 2]",
     ),
     Bad(
         "block_sparse_attention",
@@ -189,15 +216,27 @@ BAD_ARGUMENTS = [
     ),
     Bad(
         "select_blocks",
-        {"mass": to(torch.float64), "budget_mode": "coverage"},
+        {"mass": to(torch.float64)},
         TypeError,
         "mass must have dtype float32, got float64",
     ),
     Bad(
         "select_blocks",
-        {"budgets": to(torch.int64)},
+        {"needs": to(torch.int32)},
         TypeError,
-        "budgets must have dtype int32, got int64",
+        "needs must have dtype float32, got int32",
+    ),
+    Bad(
+        "select_blocks",
+        {"budget_mode": "last_block"},
+        TypeError,
+        "needs must have dtype int32, got float32",
+    ),
+    Bad(
+        PIPELINES,
+        {"shares": torch.zeros(2, 4, dtype=torch.float64)},
+        TypeError,
+        "shares must have dtype float32, got float64",
     ),
     Bad(
         "block_sparse_attention",
@@ -213,7 +252,7 @@ BAD_ARGUMENTS = [
     ),
     # ---- layout
     Bad(
-        "pool_heads estimate_budgets",
+        f"pool_heads {ESTIMATING}",
         {"q": halved, "k": halved},
         ValueError,
         "q must be contiguous in its last dimension, got strides [25600, 256, 64, 2]",
@@ -238,25 +277,26 @@ BAD_ARGUMENTS = [
         "q_heads must be at least 1, got q_heads=0",
     ),
     Bad(
-        "pool_heads estimate_budgets",
+        f"pool_heads {ESTIMATING}",
         {"k": lambda x: x[:, :, :0]},
         ValueError,
         "kv_heads must be at least 1, got kv_heads=0",
     ),
     Bad(
-        "pool_heads estimate_budgets",
+        f"pool_heads {ESTIMATING}",
         {"q": lambda x: x[..., :32], "k": lambda x: x[..., :32]},
         ValueError,
         "head_dim must be one of 64, 128, 256, got head_dim=32",
     ),
     *(
         Bad(
-            "pool_heads proxy_attention",
+            POOLING,
             {"num_proxy_heads": value},
             ValueError,
-            f"num_proxy_heads must divide kv_heads, got num_proxy_heads={value}, kv_heads=2",
+            "num_proxy_heads must divide kv_heads or be a multiple of it that divides q_heads, "
+            f"got num_proxy_heads={value}, kv_heads=2, q_heads=4",
         )
-        for value in (3, 0, -1, 4)
+        for value in (3, 0, -1, -2, 6, 8)
     ),
     Bad(
         "score_blocks",
@@ -264,11 +304,24 @@ BAD_ARGUMENTS = [
         ValueError,
         "num_proxy_heads must be at least 1, got num_proxy_heads=0",
     ),
-    Bad(
-        "select_blocks",
-        {"budgets": lambda x: x[:, :3]},
-        ValueError,
-        "num_proxy_heads must divide q_heads, got num_proxy_heads=2, q_heads=3",
+    *(
+        Bad(
+            "score_blocks",
+            {"k_proxy": heads(count)},
+            ValueError,
+            "k_proxy must have heads that divide those of q_proxy, got "
+            f"k_proxy.size(2)={count}, q_proxy.size(2)=2",
+        )
+        for count in (0, 3, 4)
+    ),
+    *(
+        Bad(
+            "select_blocks",
+            {"num_heads": count},
+            ValueError,
+            f"num_proxy_heads must divide q_heads, got num_proxy_heads=2, q_heads={count}",
+        )
+        for count in (3, 1)
     ),
     Bad(
         "block_sparse_attention",
@@ -289,7 +342,7 @@ BAD_ARGUMENTS = [
     ),
     *(
         Bad(
-            "pool_heads score_blocks proxy_attention",
+            f"score_blocks {POOLING}",
             {"stride": value},
             ValueError,
             f"stride must be one of 1, 2, 4, 8, got stride={value}",
@@ -298,7 +351,7 @@ BAD_ARGUMENTS = [
     ),
     *(
         Bad(
-            "estimate_budgets block_sparse_attention proxy_attention",
+            f"{ESTIMATING} {PIPELINES} block_sparse_attention",
             {"k": lambda x, n=n: x[:, :n], "v": lambda x, n=n: x[:, :n]},
             ValueError,
             f"q_len must be at most kv_len when causal, got q_len=100, kv_len={n}",
@@ -334,23 +387,50 @@ BAD_ARGUMENTS = [
         for value, text in ((NAN, "nan"), (0.0, "0"), (-0.5, "-0.5"), (INF, "inf"), (1e39, "inf"))
     ),
     Bad(
-        "estimate_budgets proxy_attention",
+        f"estimate_budgets {SELECTING}",
         {"gamma": NAN},
         ValueError,
         "gamma must be a number, got gamma=nan",
     ),
-    *(
-        Bad(SELECTING, {name: -1}, ValueError, f"{name} must be at least 0, got {name}=-1")
-        for name in ("min_budget", "num_sink_blocks", "num_local_blocks")
+    Bad(
+        SELECTING,
+        {"min_budget": -1},
+        ValueError,
+        "min_budget must be at least 0, got min_budget=-1",
     ),
+    *(
+        Bad(
+            f"estimate_shares {SELECTING}",
+            {name: -1},
+            ValueError,
+            f"{name} must be at least 0, got {name}=-1",
+        )
+        for name in ("num_sink_blocks", "num_local_blocks")
+    ),
+    # ---- words
     *(
         Bad(
             SELECTING,
             {"budget_mode": value},
             ValueError,
-            f"budget_mode must be 'last_block' or 'coverage', got '{value}'",
+            f"budget_mode must be 'top_p' or 'last_block', got '{value}'",
         )
-        for value in ("", "Coverage", "last block")
+        for value in ("", "Top_p", "last block", "coverage")
+    ),
+    *(
+        Bad(
+            POOLING,
+            {"pooling": value},
+            ValueError,
+            f"pooling must be 'mean' or 'first', got '{value}'",
+        )
+        for value in ("", "Mean", "max")
+    ),
+    Bad(
+        PIPELINES,
+        {"shares": torch.zeros(2, 4), "budget_mode": "last_block"},
+        ValueError,
+        "shares must be None with budget_mode 'last_block', got a tensor",
     ),
 ]
 BAD_ON_CPUS = [
@@ -390,6 +470,8 @@ def cases(table):
 def check(op, bad, device):
     arguments = good_arguments(op, device)
     for name, change in bad.changes.items():
+        if isinstance(change, torch.Tensor):
+            change = change.to(device)
         if name in arguments or not callable(change):
             arguments[name] = change(arguments[name]) if callable(change) else change
     with pytest.raises(bad.error) as error:

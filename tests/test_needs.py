@@ -1,4 +1,5 @@
-"""estimate_budgets: how many key blocks hold a share gamma of a head's attention."""
+"""estimate_budgets: how many key blocks hold a share gamma of a head's attention; estimate_shares:
+how much of it the forced blocks hold."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,10 +20,11 @@ from inputs import (
     name_of,
     normal,
 )
-from reference import budget as reference
+from reference import needs as reference
+from tolerance import assert_same_bits, assert_within, log_sum_error, logit_error, to_numpy
 
-#: A budget may be off by one block where the cumulative share is this close to gamma.
-SHARE_MARGIN = 1e-5
+#: A budget may be off by one block where the part reached is this close to gamma.
+REACHED_MARGIN = 1e-5
 
 
 def keys_with_block_weights(weights, block_size, dtype, device):
@@ -41,7 +43,7 @@ def ones_query(q_len, dtype, device, heads=1):
 
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_literal_shares(device, block_size, dtype):
+def test_literal_budgets(device, block_size, dtype):
     """Shares 10/20, 5/20, 3/20, 2/20 and 2^-20/20: the largest 1, 2, 3, 4 blocks hold .5, .75, .9
     and almost 1."""
     k = keys_with_block_weights([3, 10, 2, 2.0**-20, 5], block_size, dtype, device)
@@ -117,6 +119,94 @@ def test_ragged_last_key_block(device):
     assert proxyattn.estimate_budgets(q, k, 0.99, 64, causal=False).tolist() == [[2]]
 
 
+def test_literal_ties_reach(device):
+    """A part that is gamma exactly will do: with equal keys, two blocks hold a half and a half,
+    four a quarter each, all of it exact in binary."""
+    for num_blocks, blocks_of in [(2, {0.5: 1}), (4, {0.25: 1, 0.5: 2, 0.75: 3})]:
+        q = k = torch.zeros(1, 64 * num_blocks, 1, 64, dtype=torch.float16, device=device)
+        for gamma, blocks in blocks_of.items():
+            budgets = proxyattn.estimate_budgets(q, k, gamma, 64, causal=False)
+            assert budgets.tolist() == [[blocks]], gamma
+
+
+def shares_of_one_head(q, k, *forcing, **settings):
+    shares = proxyattn.estimate_shares(q, k, 64, settings.pop("causal", True), None, *forcing)
+    assert shares.dtype == torch.float32 and shares.shape == (1, 1)
+    return shares.item()
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_literal_shares_of_sinks(device, block_size, dtype):
+    """Weights 1, 8, 2, 4 and 1 of 16: at scale log 2, keys hold their exponents. Without causal no
+    block is local."""
+    k = torch.zeros(1, 5 * block_size, 1, 64, dtype=dtype, device=device)
+    k[0, :, 0, 0] = torch.tensor([0.0, 3, 1, 2, 0]).repeat_interleave(block_size)
+    q = ones_query(3, dtype, device)
+    for sinks, share in enumerate([0, 1 / 16, 9 / 16, 11 / 16, 15 / 16, 1, 1]):
+        for local in (0, 1, 3):
+            shares = proxyattn.estimate_shares(q, k, block_size, False, log(2), sinks, local)
+            assert shares.dtype == torch.float32
+            assert_within(shares, np.array([[share]]), 1e-5)
+
+
+def test_literal_shares_of_a_ragged_call(device):
+    """All keys equal: 278 of them, four blocks and 22, and 100 queries, of which the last 64 stand
+    at 214 to 277, in blocks 3 and 4. Query i puts 1 / (i + 1) on each key that it sees."""
+    q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16, device=device) for n in (100, 278))
+    early = sum(1 / (i + 1) for i in range(214, 278))  # a whole block that all see: .2610
+    last = sum((i - 255) / (i + 1) for i in range(256, 278)) / 64
+    for (sinks, local), share in {
+        (0, 0): 0,
+        (1, 0): early,
+        (4, 0): 1 - last,
+        (0, 1): 1 - 3 * early,
+        (1, 1): 1 - 2 * early,
+        (4, 1): 1,
+        (0, 3): 1 - early,
+        (1, 3): 1,
+        (4, 3): 1,
+    }.items():
+        got = shares_of_one_head(q, k, sinks, local)
+        assert abs(got - share) <= 1e-5, (sinks, local)
+    assert shares_of_one_head(q, k) == shares_of_one_head(q, k, 1, 1)  # the defaults
+
+
+def test_literal_shares_of_few_queries(device):
+    """Ten queries at 268 to 277 of 278: all in block 4, which alone is local then."""
+    q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16, device=device) for n in (10, 278))
+    last = sum((i - 255) / (i + 1) for i in range(268, 278)) / 10
+    block = sum(64 / (i + 1) for i in range(268, 278)) / 10
+    for (sinks, local), share in {
+        (0, 1): last,
+        (1, 1): last + block,
+        (0, 3): last + 2 * block,
+        (4, 3): 1,
+    }.items():
+        assert abs(shares_of_one_head(q, k, sinks, local) - share) <= 1e-5, (sinks, local)
+
+
+def test_literal_shares_without_causal(device):
+    """Every key holds 1/278; no block is local, whatever is asked for."""
+    q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16, device=device) for n in (100, 278))
+    for sinks, share in [(0, 0), (1, 64 / 278), (4, 256 / 278), (9, 1)]:
+        for local in (0, 1, 3):
+            got = shares_of_one_head(q, k, sinks, local, causal=False)
+            assert abs(got - share) <= 1e-5, (sinks, local)
+
+
+def test_literal_shares_of_grouped_heads(device):
+    """Query heads 0 and 1 read key head 0, whose block 0 holds 3/4, heads 2 and 3 key head 1, whose
+    block 0 holds 1/4; head 1 looks at nothing in particular."""
+    k = torch.zeros(1, 128, 2, 64, dtype=torch.float16, device=device)
+    k[0, :64, 0, 0] = 1.0
+    k[0, 64:, 1, 0] = 1.0
+    q = ones_query(1, torch.float16, device, heads=4)
+    q[0, 0, 1] = 0
+    shares = proxyattn.estimate_shares(q, k, 64, causal=False, scale=log(3))
+    assert_within(shares, np.array([[0.75, 0.5, 0.25, 0.25]]), 1e-5)
+
+
 @dataclass(frozen=True)
 class Case:
     batch: int
@@ -125,6 +215,7 @@ class Case:
     head_dim: int
     block_size: int
     gamma: float
+    forcing: tuple  # sink and local blocks
     scale: float | None
     spread: float
     dtype: torch.dtype
@@ -135,7 +226,8 @@ class Case:
         return (
             f"b{self.batch}-m{q_len}-n{kv_len}-{'causal' if causal else 'full'}-"
             f"h{'x'.join(map(str, self.heads))}-d{self.head_dim}-k{self.block_size}-"
-            f"gamma{self.gamma:g}-scale{self.scale}-x{self.spread:g}-{name_of(self.dtype)}-"
+            f"gamma{self.gamma:g}-"
+            f"sink{self.forcing[0]}-local{self.forcing[1]}-scale{self.scale}-x{self.spread:g}-{name_of(self.dtype)}-"
             f"{'-'.join(self.layouts)}"
         )
 
@@ -151,6 +243,7 @@ def cases(count, seed):
         "head_dim": HEAD_DIMS,
         "block_size": (64, 128),
         "gamma": (0.1, 0.5, 0.8, 0.9, 0.95, 0.99, 0.9999),
+        "forcing": ((1, 1), (0, 1), (1, 0), (4, 0), (0, 3), (2, 2)),
         "scale": (None, 0.25),
         "spread": (0.5, 1.0, 2.0),
         "dtype": DTYPES,
@@ -174,21 +267,32 @@ def check(case, device):
     budgets = proxyattn.estimate_budgets(*tensors, case.gamma, *settings)
     a = reference.block_mass(q, k, *settings)
     expected = reference.budgets_of(a, case.gamma)
-    assert_budgets(budgets, expected, reference.shares(a), case.gamma)
+    assert_budgets(budgets, expected, reference.reached(a), case.gamma)
+    shares = proxyattn.estimate_shares(*tensors, *settings, *case.forcing)
+    forced = reference.last_forced(q_len, kv_len, case.block_size, causal, *case.forcing)
+    assert_shares(shares, a, forced, q, k, case.scale)
 
 
-def assert_budgets(budgets, expected, shares, gamma):
-    """Equal, and by the property alone where a share lies at gamma within the margin."""
+def assert_budgets(budgets, expected, reached, gamma):
+    """Equal, and by the property alone where a part lies at gamma within the margin."""
     budgets = budgets.cpu().numpy()
     assert budgets.shape == expected.shape
     for head in np.ndindex(budgets.shape):
         k = budgets[head]
-        assert 1 <= k <= shares.shape[-1] - 1
+        assert 1 <= k <= reached.shape[-1] - 1
         # It reaches gamma, and one block less does not.
-        assert k == shares.shape[-1] - 1 or shares[head][k] >= gamma - SHARE_MARGIN
-        assert k == 1 or shares[head][k - 1] < gamma + SHARE_MARGIN
-        if np.abs(shares[head] - gamma).min() > SHARE_MARGIN:
+        assert k == reached.shape[-1] - 1 or reached[head][k] >= gamma - REACHED_MARGIN
+        assert k == 1 or reached[head][k - 1] < gamma + REACHED_MARGIN
+        if np.abs(reached[head] - gamma).min() > REACHED_MARGIN:
             assert k == expected[head], f"head {head}: {k} blocks, reference {expected[head]}"
+
+
+def assert_shares(shares, a, forced, q, k, scale=None):
+    """a is the mass of q and k by block, in float64."""
+    assert shares.dtype == torch.float32 and shares.is_contiguous()
+    error = log_sum_error(np.log(a[a > 0]), logit_error(q, k, scale), k.shape[1])
+    assert_within(shares, reference.shares_of(a, forced), 2 * np.expm1(error), "shares")
+    assert ((shares >= 0) & (shares <= 1)).all()
 
 
 @pytest.mark.parametrize("case", cases(200, seed=1), ids=str)
@@ -213,9 +317,9 @@ def test_the_margin_is_rarely_needed():
             for n, h in zip((q_len, kv_len), case.heads, strict=True)
         )
         a = reference.block_mass(q, k, case.block_size, causal, case.scale)
-        distance = np.abs(reference.shares(a) - case.gamma).min(axis=-1)
+        distance = np.abs(reference.reached(a) - case.gamma).min(axis=-1)
         heads += distance.size
-        close += np.count_nonzero(distance <= SHARE_MARGIN)
+        close += np.count_nonzero(distance <= REACHED_MARGIN)
     assert close <= 0.02 * heads
 
 
@@ -236,29 +340,63 @@ def test_more_gamma_more_blocks(device):
     assert (budgets[-2] == 21).all() and (budgets[-1] == 21).all()
 
 
-def test_earlier_queries_and_future_keys_do_not_matter(device):
+def test_more_forced_blocks_larger_shares(device):
+    q, k = random_inputs(device, 100, 700)
+    shares = [
+        proxyattn.estimate_shares(q, k, num_sink_blocks=sinks, num_local_blocks=local)
+        for sinks, local in [
+            (0, 0),
+            (1, 0),
+            (1, 1),
+            (2, 1),
+            (2, 4),
+            (99, 4),
+            (2**63 - 1, 2**63 - 1),
+        ]
+    ]
+    for smaller, larger in pairwise(shares[:-1]):
+        assert (smaller < larger).all()
+    assert (shares[0] == 0).all()
+    assert_within(shares[-2], np.ones((2, 4)), 1e-6)
+    assert_within(shares[-1], np.ones((2, 4)), 1e-6)
+
+
+def test_earlier_queries_do_not_matter(device):
     q, k = random_inputs(device, 200, 700)
-    before = proxyattn.estimate_budgets(q, k, 0.9, 128)
+    budgets = proxyattn.estimate_budgets(q, k, 0.9, 128)
+    shares = proxyattn.estimate_shares(q, k, 128)
     q[:, :72] = torch.nan
-    assert torch.equal(proxyattn.estimate_budgets(q, k, 0.9, 128), before)
-    # The queries' share of the sequence alone.
-    assert torch.equal(proxyattn.estimate_budgets(q[:, 72:], k, 0.9, 128), before)
+    for late in (q, q[:, 72:]):
+        assert torch.equal(proxyattn.estimate_budgets(late, k, 0.9, 128), budgets)
+        assert_same_bits(proxyattn.estimate_shares(late, k, 128), shares)
 
 
 def test_heads_and_batch_entries_are_independent(device):
     q, k = random_inputs(device, 200, 900, heads=(6, 2))
-    whole = proxyattn.estimate_budgets(q, k, 0.9, 64)
-    part = proxyattn.estimate_budgets(q[1:, :, 3:], k[1:, :, 1:], 0.9, 64)
-    assert torch.equal(part, whole[1:, 3:])
+    part = (q[1:, :, 3:], k[1:, :, 1:])
+    budgets = proxyattn.estimate_budgets(q, k, 0.9, 64)
+    assert torch.equal(proxyattn.estimate_budgets(*part, 0.9, 64), budgets[1:, 3:])
+    shares = proxyattn.estimate_shares(q, k)
+    assert_within(proxyattn.estimate_shares(*part), to_numpy(shares[1:, 3:]), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
-def test_same_budgets_every_time(device, dtype, set_threads):
+def test_same_needs_every_time(device, dtype, set_threads):
     q, k = random_inputs(device, 777, 2001, dtype)
-    first = proxyattn.estimate_budgets(q, k, 0.9, 64)
+    budgets, shares = proxyattn.estimate_budgets(q, k, 0.9), proxyattn.estimate_shares(q, k)
     for threads in (1, 2, 3):
         set_threads(threads)
-        assert torch.equal(proxyattn.estimate_budgets(q, k, 0.9, 64), first)
+        assert torch.equal(proxyattn.estimate_budgets(q, k, 0.9), budgets)
+        assert_same_bits(proxyattn.estimate_shares(q, k), shares)
+
+
+def test_no_queries_or_keys_have_no_share(device):
+    """Nothing sums to nothing: NaN, as of any sum that is not positive."""
+    q, k = random_inputs(device, 100, 200)
+    assert proxyattn.estimate_shares(q[:0], k[:0]).shape == (0, 4)
+    for empty in [(q[:, :0], k), (q[:, :0], k[:, :0])]:
+        assert proxyattn.estimate_shares(*empty).isnan().tolist() == [[True] * 4] * 2
+    assert proxyattn.estimate_shares(q, k[:, :0], causal=False).isnan().all()
 
 
 @pytest.mark.parametrize("gamma", [-1.0, 0.0, 0.5, 1.0])
@@ -273,18 +411,19 @@ def test_empty(device, gamma):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("poisoned", ["q", "k"])
-def test_nan_takes_all_blocks(device, dtype, poisoned):
+def test_nan_takes_all_blocks_and_has_no_share(device, dtype, poisoned):
     q, k = random_inputs(device, 130, 500, dtype)
-    clean = proxyattn.estimate_budgets(q, k, 0.3, 64)
-    expected = clean.clone()
+    budgets, shares = proxyattn.estimate_budgets(q, k, 0.3, 64), proxyattn.estimate_shares(q, k, 64)
+    assert (budgets < 8).all() and shares.isfinite().all()
     if poisoned == "q":
         q[1, 129, 2, 63] = torch.nan
-        expected[1, 2] = 8
+        broken = (1, slice(2, 3))
     else:
         k[1, 3, 1, 0] = torch.nan
-        expected[1, 2:] = 8
-    assert (clean < 8).all()
-    assert torch.equal(proxyattn.estimate_budgets(q, k, 0.3, 64), expected)
+        broken = (1, slice(2, 4))
+    budgets[broken], shares[broken] = 8, torch.nan
+    assert torch.equal(proxyattn.estimate_budgets(q, k, 0.3, 64), budgets)
+    assert_within(proxyattn.estimate_shares(q, k, 64), to_numpy(shares), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -295,6 +434,9 @@ def test_large_logits(device, dtype):
     k[0, 200, 0, 0] = 100
     q = 100 * ones_query(64, dtype, device)
     assert proxyattn.estimate_budgets(q, k, 0.999, 64, causal=False, scale=1.0).tolist() == [[1]]
+    for sinks, share in [(3, 0.0), (4, 1.0)]:
+        shares = proxyattn.estimate_shares(q, k, 64, False, 1.0, sinks)
+        assert_within(shares, np.array([[share]]), 1e-4)
 
 
 def test_keys_at_minus_infinity_hold_nothing(device):
@@ -304,6 +446,12 @@ def test_keys_at_minus_infinity_hold_nothing(device):
     for gamma, blocks in [(0.4, 1), (0.6, 2), (0.9999, 2), (1.0, 4)]:
         budgets = proxyattn.estimate_budgets(q, k, gamma, 64, causal=False, scale=1.0)
         assert budgets.tolist() == [[blocks]]
+    for sinks, share in [(2, 0.0), (3, 0.5), (4, 1.0)]:
+        shares = proxyattn.estimate_shares(q, k, 64, False, 1.0, sinks)
+        assert_within(shares, np.array([[share]]), 1e-5)
+    k[..., 0] = -torch.inf  # nothing is left
+    assert proxyattn.estimate_budgets(q, k, 0.4, 64, causal=False, scale=1.0).tolist() == [[4]]
+    assert proxyattn.estimate_shares(q, k, 64, causal=False, scale=1.0).isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(1, 70_000), (70_000, 1)], ids=["tokens", "batch"])
@@ -313,8 +461,10 @@ def test_70000_rows(device, shape):
     q = 4 * k[:, -64:]
     tensors = [lay_out(x, torch.bfloat16, device) for x in (q, k)]
     budgets = proxyattn.estimate_budgets(*tensors, 0.9, 64)
+    shares = proxyattn.estimate_shares(*tensors, 64)
     if shape[0] > 1:
-        assert (budgets == 1).all()
+        assert (budgets == 1).all() and (shares == 1).all()
     else:
         a = reference.block_mass(q, k, 64, True)
-        assert_budgets(budgets, reference.budgets_of(a, 0.9), reference.shares(a), 0.9)
+        assert_budgets(budgets, reference.budgets_of(a, 0.9), reference.reached(a), 0.9)
+        assert_shares(shares, a, reference.last_forced(64, shape[1], 64, True), q, k)

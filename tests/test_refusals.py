@@ -3,24 +3,30 @@
 import proxyattn
 import pytest
 import torch
-from arguments import OPS, good_arguments, message_of, smallest_workspace
+from arguments import (
+    OPS,
+    PIPELINES,
+    all_tensors,
+    good_arguments,
+    message_of,
+    smallest_workspace,
+)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_good_arguments_are_good(device, op):
-    """Or the tests above would prove little."""
-    result = getattr(proxyattn, op)(**good_arguments(op, device))
-    for tensor in result if isinstance(result, tuple) else [result]:
-        assert tensor.device.type == device
+    """Or the other tests would prove little."""
+    for arguments in (good_arguments(op, device), all_tensors(op, device)):
+        result = getattr(proxyattn, op)(**arguments)
+        for tensor in result if isinstance(result, tuple) else [result]:
+            assert tensor.device.type == device
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "others"])
 def test_meta_among_real_tensors(device, op, first):
     """Either way round: the tensor that is elsewhere is named, and nothing is computed."""
-    arguments = good_arguments(op, device)
-    if op == "select_blocks":
-        arguments["budget_mode"] = "coverage"
+    arguments = all_tensors(op, device)
     names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
     real = str(arguments[names[0]].device)
     moved = names[:1] if first else names[1:]
@@ -36,9 +42,7 @@ def test_meta_among_real_tensors(device, op, first):
 
 @pytest.mark.parametrize("op", OPS)
 def test_cpu_among_cuda_tensors(cuda, op):
-    arguments = good_arguments(op, cuda)
-    if op == "select_blocks":
-        arguments["budget_mode"] = "coverage"
+    arguments = all_tensors(op, cuda)
     names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
     for name in names[1:]:
         with pytest.raises(TypeError) as error:
@@ -51,7 +55,7 @@ def test_cpu_among_cuda_tensors(cuda, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_refuses_to_be_differentiated(device, op):
-    arguments = good_arguments(op, device)
+    arguments = all_tensors(op, device)
     floats = [
         name
         for name, value in arguments.items()
@@ -157,17 +161,18 @@ def test_check_leaves_shapes_to_the_same_words(device, monkeypatch, change):
     assert messages[0] == messages[1]
 
 
-def test_workspace_too_small(device):
-    arguments = good_arguments("proxy_attention", device)
-    needed = smallest_workspace(arguments)
-    assert smallest_workspace(arguments, limit=needed - 1) == needed
-    assert smallest_workspace(arguments, limit=-1) == needed
-    proxyattn.proxy_attention(**arguments, max_workspace_bytes=needed)
+@pytest.mark.parametrize("op", PIPELINES)
+def test_workspace_too_small(device, op):
+    arguments = good_arguments(op, device)
+    needed = smallest_workspace(arguments, op=op)
+    assert smallest_workspace(arguments, limit=needed - 1, op=op) == needed
+    assert smallest_workspace(arguments, limit=-1, op=op) == needed
+    getattr(proxyattn, op)(**arguments, max_workspace_bytes=needed)
 
 
 def test_wrong_python_types_are_refused(device):
     """By torch's schema check, which names the argument."""
     arguments = good_arguments("pool_heads", device)
-    for name, value in [("q", "text"), ("stride", 2.5), ("num_proxy_heads", "2")]:
+    for name, value in [("q", "text"), ("stride", 2.5), ("num_proxy_heads", "2"), ("pooling", 1)]:
         with pytest.raises((RuntimeError, TypeError), match=name):
-            torch.ops.proxyattn.pool_heads(*{**arguments, name: value}.values())
+            torch.ops.proxyattn.pool_heads(**{"pooling": "mean", **arguments, name: value})

@@ -9,21 +9,27 @@ from arguments import OPS, good_arguments
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 SCHEMAS = {
-    "pool_heads": "(Tensor q, Tensor k, int num_proxy_heads, int stride) "
+    "pool_heads": "(Tensor q, Tensor k, int num_proxy_heads, int stride, str pooling) "
     "-> (Tensor q_proxy, Tensor k_proxy)",
     "score_blocks": "(Tensor q_proxy, Tensor k_proxy, SymInt q_len, SymInt kv_len, int stride, "
     "int block_size, bool causal, float? scale, bool with_mass) -> (Tensor peak, Tensor mass)",
     "estimate_budgets": "(Tensor q, Tensor k, float gamma, int block_size, bool causal, "
     "float? scale) -> Tensor budgets",
-    "select_blocks": "(Tensor peak, Tensor mass, Tensor budgets, SymInt q_len, SymInt kv_len, "
-    "int block_size, bool causal, str budget_mode, int min_budget, int num_sink_blocks, "
-    "int num_local_blocks) -> (Tensor indices, Tensor counts)",
+    "estimate_shares": "(Tensor q, Tensor k, int block_size, bool causal, float? scale, "
+    "int num_sink_blocks, int num_local_blocks) -> Tensor shares",
+    "select_blocks": "(Tensor peak, Tensor? mass, Tensor needs, SymInt q_len, SymInt kv_len, "
+    "int num_heads, int block_size, bool causal, str budget_mode, float gamma, int min_budget, "
+    "int num_sink_blocks, int num_local_blocks) -> (Tensor indices, Tensor counts)",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
     "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)",
+    "choose_blocks": "(Tensor q, Tensor k, bool causal, float? scale, float gamma, int stride, "
+    "str pooling, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
+    "int num_sink_blocks, int num_local_blocks, Tensor? shares, int? max_workspace_bytes) "
+    "-> (Tensor indices, Tensor counts)",
     "proxy_attention": "(Tensor q, Tensor k, Tensor v, bool causal, float? scale, float gamma, "
-    "int stride, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
-    "int num_sink_blocks, int num_local_blocks, bool return_lse, int? max_workspace_bytes) "
-    "-> (Tensor out, Tensor lse)",
+    "int stride, str pooling, int block_size, int num_proxy_heads, str budget_mode, "
+    "int min_budget, int num_sink_blocks, int num_local_blocks, Tensor? shares, "
+    "bool return_lse, int? max_workspace_bytes) -> (Tensor out, Tensor lse)",
 }
 
 
@@ -51,12 +57,18 @@ def variants(name, device):
     if name == "pool_heads":
         q, k = values[:2]
         heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
-        return [(q, k, 2, 4), (*heads_first, 1, 8), (q[:0], k[:0], 1, 1), (q[:, :0], k, 2, 2)]
+        return [
+            (q, k, 2, 4, "mean"),
+            (*heads_first, 1, 8, "first"),
+            (q[:, 1:], k[:, 1:], 4, 4, "mean"),
+            (q[:0], k[:0], 1, 1, "mean"),
+            (q[:, :0], k, 2, 2, "first"),
+        ]
     if name == "score_blocks":
         q, k = values[:2]
         return [
             (q, k, 100, 200, 4, 64, True, None, False),
-            (q, k, 100, 200, 4, 128, False, 0.5, True),
+            (q, k[:, :, :1], 100, 200, 4, 128, False, 0.5, True),
             (q[:, :1], k, 1, 200, 4, 64, True, None, True),
             (q[:0], k[:0], 100, 200, 4, 64, True, None, True),
         ]
@@ -67,13 +79,22 @@ def variants(name, device):
             (q[:, 3:], k, 1.5, 128, False, 0.25),
             (q[:0], k[:0], 0.5, 64, True, None),
         ]
-    if name == "select_blocks":
-        peak, mass, budgets = values[:3]
-        none = mass.new_empty(0)
+    if name == "estimate_shares":
+        q, k = values[:2]
         return [
-            (peak, none, budgets, 100, 200, 64, True, "last_block", 0, 1, 1),
-            (peak, mass, budgets, 100, 200, 64, False, "coverage", 100, 2, 0),
-            (peak[:0], mass[:0], budgets[:0], 100, 200, 64, True, "coverage", 0, 1, 1),
+            (q, k, 64, True, None, 1, 1),
+            (q[:, 3:], k, 128, False, 0.25, 2, 0),
+            (q[:0], k[:0], 64, True, None, 1, 1),
+        ]
+    if name == "select_blocks":
+        peak, mass, shares = values[:3]
+        budgets = torch.ones_like(shares, dtype=torch.int32)
+        lengths = (100, 200, 4)
+        return [
+            (peak, mass, shares, *lengths, 64, False, "top_p", 0.5, 100, 2, 0),
+            (peak, None, budgets, *lengths, 64, True, "last_block", 0.5, 0, 1, 1),
+            (peak, mass, budgets, *lengths, 64, True, "last_block", 0.5, 0, 1, 1),
+            (peak[:0], mass[:0], shares[:0], *lengths, 64, True, "top_p", 0.5, 0, 1, 1),
         ]
     if name == "block_sparse_attention":
         tensors = values[:5]
@@ -82,12 +103,17 @@ def variants(name, device):
             (*tensors, 64, False, 0.5, True),
             (*(x[:0] for x in tensors), 64, True, None, True),
         ]
-    q, k, v = values[:3]
+    tensors = values[:-2]
+    none = [x[:0] for x in tensors]
+    shares = torch.zeros(2, 4, device=device)
+    with_lse, without = ([True], [False]) if name == "proxy_attention" else ([], [])
+    paper = ("first", 128, 1, "last_block", 64, 0, 2, None)
     return [
-        (q, k, v, True, None, 0.5, 4, 64, 2, "last_block", 0, 1, 1, False, None),
-        (q, k, v, False, 0.5, 0.9, 2, 128, 1, "coverage", 64, 0, 2, True, 10**9),
-        (q, k, v, True, None, 1.0, 4, 64, 2, "coverage", 0, 1, 1, True, None),
-        (q[:0], k[:0], v[:0], True, None, 0.5, 4, 64, 2, "coverage", 0, 1, 1, True, None),
+        (*tensors, True, None, 0.5, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, *without, None),
+        (*tensors, True, None, 0.5, 4, "mean", 64, 4, "top_p", 0, 1, 1, shares, *with_lse, None),
+        (*tensors, False, 0.5, 0.9, 2, *paper, *with_lse, 10**9),
+        (*tensors, True, None, 1.0, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, *with_lse, None),
+        (*none, True, None, 0.5, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, *with_lse, None),
     ]
 
 
@@ -134,23 +160,41 @@ def test_outputs_share_no_memory_and_inputs_stay(device, name):
         assert len(set(outs)) == len(outs) and not inputs & set(outs)
 
 
+SETTINGS = {"gamma": 0.5, "min_budget": 0}
+
+
 def whole(q, k, v):
-    out, lse = proxyattn.proxy_attention(
-        q * 2, k, v, gamma=0.5, block_size=64, min_budget=0, return_lse=True
-    )
+    out, lse = proxyattn.proxy_attention(q * 2, k, v, **SETTINGS, return_lse=True)
     return out + 1, lse
 
 
 def stages(q, k, v):
+    lengths = (q.shape[1], k.shape[1])
     proxies = proxyattn.pool_heads(q * 2, k)
-    peak, mass = proxyattn.score_blocks(
-        *proxies, q.shape[1], k.shape[1], block_size=64, with_mass=True
-    )
-    budgets = proxyattn.estimate_budgets(q * 2, k, 0.5, block_size=64)
+    peak, mass = proxyattn.score_blocks(*proxies, *lengths, with_mass=True)
+    shares = proxyattn.estimate_shares(q * 2, k)
+    lists = proxyattn.select_blocks(peak, mass, shares, *lengths, q.shape[2], **SETTINGS)
+    return proxyattn.block_sparse_attention(q * 2, k, v, *lists, return_lse=True)
+
+
+def by_budgets(q, k, v):
+    lengths = (q.shape[1], k.shape[1])
+    proxies = proxyattn.pool_heads(q * 2, k, pooling="first")
+    peak, _ = proxyattn.score_blocks(*proxies, *lengths)
+    budgets = proxyattn.estimate_budgets(q * 2, k, 0.5)
     lists = proxyattn.select_blocks(
-        peak, mass, budgets, q.shape[1], k.shape[1], 64, budget_mode="coverage", min_budget=0
+        peak, None, budgets, *lengths, q.shape[2], budget_mode="last_block", min_budget=0
     )
-    return proxyattn.block_sparse_attention(q * 2, k, v, *lists, 64, return_lse=True)
+    return proxyattn.block_sparse_attention(q * 2, k, v, *lists, return_lse=True)
+
+
+def lists_first(q, k, v):
+    shares = proxyattn.estimate_shares(q * 2, k).clamp(max=0.5)
+    lists = proxyattn.choose_blocks(q * 2, k, **SETTINGS, shares=shares)
+    return proxyattn.block_sparse_attention(q * 2, k, v, *lists, return_lse=True)
+
+
+FUNCTIONS = (whole, stages, by_budgets, lists_first)
 
 
 def random_qkv(device, q_len, kv_len):
@@ -167,7 +211,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("function", [whole, stages])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compile(device, function, backend):
     compiled = torch.compile(function, fullgraph=True, backend=backend)
@@ -176,7 +220,7 @@ def test_compile(device, function, backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("function", [whole, stages])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_compile_once_for_all_lengths(device, function):
     """Of two blocks and more; sizes of one are special to torch."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -188,7 +232,7 @@ def test_compile_once_for_all_lengths(device, function):
                 assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("function", [whole, stages])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_compile_inductor(device, function):
     """The default backend, which writes code around the ops and may choose the layouts."""
     if not (shutil.which("g++") or shutil.which("clang++")):
@@ -199,7 +243,7 @@ def test_compile_inductor(device, function):
         torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("function", [whole, stages])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_compile_refuses_backward_too(device, function):
     q, k, v = random_qkv(device, 200, 300)
     k.requires_grad_()

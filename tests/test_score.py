@@ -96,6 +96,26 @@ def test_literal_invisible_blocks(device):
     assert_within(mass, np.array([[[[1.0, 0.0], [first, 1 - first]]]]), 1e-6)
 
 
+def test_literal_proxies_that_share_a_key_proxy(device):
+    """Proxy c of four reads key proxy c // 2: on the first, P is 1/4 and 3/4, on the second 3/4 and
+    1/4, and half and half for a query of zero."""
+    q = torch.cat([one_hot_rows([x], torch.float16, device) for x in (1, 0, 0, 1)], dim=2)
+    k = torch.cat([one_hot_rows(x, torch.float16, device) for x in ([0, 1], [1, 0])], dim=2)
+    k = torch.cat([k[:, :1], k.new_zeros(1, 7, 2, 64), k[:, 1:]], dim=1)
+    q[..., 1] = 1.0
+    k[0, 1:8, :, 1] = -30.0  # keys 8, 16, ... 56 get nothing
+    peak, mass = proxyattn.score_blocks(
+        q, k, 1, 65, 8, 64, causal=False, scale=log(3), with_mass=True
+    )
+    want = [[[0.25, 0.75]], [[0.5, 0.5]], [[0.5, 0.5]], [[0.75, 0.25]]]
+    assert_within(peak, np.log([want]), 1e-5)
+    assert_within(mass, np.array([want]), 1e-5)
+    # One key proxy for all four.
+    peak, _ = proxyattn.score_blocks(q, k[:, :, 1:], 1, 65, 8, 64, causal=False, scale=log(3))
+    want = [[[0.75, 0.25]], [[0.5, 0.5]], [[0.5, 0.5]], [[0.75, 0.25]]]
+    assert_within(peak, np.log([want]), 1e-5)
+
+
 def test_literal_default_scale(device):
     """1 / sqrt(64) = 1/8 of a logit of 8 x 1."""
     q, k = one_hot_rows([8], torch.float16, device), one_hot_rows([0, 1], torch.float16, device)
@@ -108,7 +128,7 @@ def test_literal_default_scale(device):
 class Case:
     batch: int
     lengths: tuple
-    groups: int
+    proxies: tuple
     head_dim: int
     stride: int
     block_size: int
@@ -120,7 +140,8 @@ class Case:
     def __str__(self):
         q_len, kv_len, causal = self.lengths
         return (
-            f"b{self.batch}-m{q_len}-n{kv_len}-{'causal' if causal else 'full'}-g{self.groups}-"
+            f"b{self.batch}-m{q_len}-n{kv_len}-{'causal' if causal else 'full'}-"
+            f"g{'x'.join(map(str, self.proxies))}-"
             f"d{self.head_dim}-s{self.stride}-k{self.block_size}-scale{self.scale}-"
             f"x{self.spread:g}-{name_of(self.dtype)}-{'-'.join(self.layouts)}"
         )
@@ -130,7 +151,7 @@ def cases(count, seed):
     axes = {
         "batch": (1, 3),
         "lengths": LENGTHS,
-        "groups": (1, 2, 5),
+        "proxies": ((1, 1), (2, 2), (5, 5), (4, 1), (4, 2), (6, 3)),
         "head_dim": HEAD_DIMS,
         "stride": (1, 2, 4, 8),
         "block_size": (64, 128),
@@ -148,11 +169,11 @@ def check(case, device):
     q, k = (
         normal(
             rng,
-            (case.batch, -(-n // case.stride), case.groups, case.head_dim),
+            (case.batch, -(-n // case.stride), proxies, case.head_dim),
             case.dtype,
             case.spread,
         )
-        for n in (q_len, kv_len)
+        for n, proxies in zip((q_len, kv_len), case.proxies, strict=True)
     )
     tensors = [
         lay_out(x, case.dtype, device, layout)
@@ -189,17 +210,17 @@ def test_reference_sweep(device, case):
     check(case, device)
 
 
-def random_proxies(device, q_len, kv_len, stride, dtype=torch.bfloat16, groups=2, head_dim=64):
+def random_proxies(device, q_len, kv_len, stride, dtype=torch.bfloat16, proxies=(2, 2)):
     return [
-        torch.randn(2, -(-n // stride), groups, head_dim).mul(2).to(dtype).to(device)
-        for n in (q_len, kv_len)
+        torch.randn(2, -(-n // stride), heads, 64).mul(2).to(dtype).to(device)
+        for n, heads in zip((q_len, kv_len), proxies, strict=True)
     ]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_mass_rows_sum_to_one_and_bound_peaks(device, causal, block_size):
-    q, k = random_proxies(device, 333, 777, 2)
+    q, k = random_proxies(device, 333, 777, 2, proxies=(4, 2))
     peak, mass = proxyattn.score_blocks(
         q, k, 333, 777, 2, block_size, causal=causal, with_mass=True
     )
@@ -234,9 +255,22 @@ def test_rows_are_independent(device):
         assert_same_bits(got, want[1:])
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_shared_key_proxy_is_as_good_as_copies(device, causal):
+    q, k = random_proxies(device, 300, 500, 2, proxies=(6, 2))
+    settings = {"stride": 2, "block_size": 64, "causal": causal, "with_mass": True}
+    shared = proxyattn.score_blocks(q, k, 300, 500, **settings)
+    copies = proxyattn.score_blocks(q, k.repeat_interleave(3, dim=2), 300, 500, **settings)
+    error = 2 * log_sum_error(
+        to_numpy(copies[0]), logit_error(to_numpy(q), to_numpy(k)), k.shape[1]
+    )
+    assert_within(shared[0], to_numpy(copies[0]), error, "peak")
+    assert_within(shared[1], to_numpy(copies[1]), np.expm1(error), "mass")
+
+
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=name_of)
 def test_same_bits_every_time(device, dtype, set_threads):
-    q, k = random_proxies(device, 700, 900, 2, dtype)
+    q, k = random_proxies(device, 700, 900, 2, dtype, proxies=(4, 1))
     first = proxyattn.score_blocks(q, k, 700, 900, 2, 64, with_mass=True)
     for threads in (1, 2, 3):
         set_threads(threads)
@@ -249,11 +283,11 @@ def test_same_bits_every_time(device, dtype, set_threads):
     ("q_len", "kv_len", "causal"), [(0, 100, True), (0, 0, True), (100, 0, False)]
 )
 def test_empty(device, q_len, kv_len, causal):
-    q, k = random_proxies(device, q_len, kv_len, 4)
+    q, k = random_proxies(device, q_len, kv_len, 4, proxies=(4, 2))
     peak, mass = proxyattn.score_blocks(q, k, q_len, kv_len, 4, 64, causal, with_mass=True)
-    assert peak.shape == mass.shape == (2, 2, -(-q_len // 64), -(-kv_len // 64))
+    assert peak.shape == mass.shape == (2, 4, -(-q_len // 64), -(-kv_len // 64))
     peak, mass = proxyattn.score_blocks(q[:0], k[:0], q_len, kv_len, 4, 64, causal, with_mass=True)
-    assert peak.shape == mass.shape == (0, 2, -(-q_len // 64), -(-kv_len // 64))
+    assert peak.shape == mass.shape == (0, 4, -(-q_len // 64), -(-kv_len // 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -189,7 +189,7 @@ void validate_pipeline(const PipelineParams& p, const char* op) {
   check_min_budget(op, p.min_budget);
   check_forced(op, p.num_sink_blocks, p.num_local_blocks);
   PROXYATTN_CHECK(p.shares == nullptr || p.budget_mode == BudgetMode::kTopP, op,
-                  ": shares must be None with budget_mode=\"last_block\", got a tensor");
+                  ": shares must be None with budget_mode 'last_block', got a tensor");
 }
 
 void validate_workspace(const char* op, const void* workspace, int64_t got, int64_t needed) {

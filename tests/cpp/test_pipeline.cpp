@@ -268,7 +268,7 @@ TEST(rules) {
   const std::vector<float> shares(8);
   p.shares = shares.data();
   CHECK_THROWS(InvalidArgument,
-               "choose_blocks: shares must be None with budget_mode=\"last_block\", got a tensor",
+               "choose_blocks: shares must be None with budget_mode 'last_block', got a tensor",
                choose(p));
   p.shares = nullptr;
   p.proxy_heads = 3;

@@ -1,4 +1,4 @@
-"""Where queries stand and which key blocks a query block can see."""
+"""Where queries stand, which key blocks a query block can see, and which of them are forced."""
 
 import numpy as np
 
@@ -25,3 +25,14 @@ def num_visible(m, q_len, kv_len, block_size, causal):
     queries = positions(q_len, kv_len)[m * block_size : (m + 1) * block_size]
     earliest_keys = np.arange(0, kv_len, block_size)
     return int(visible_pairs(queries, earliest_keys, causal).any(axis=0).sum())
+
+
+def forced_blocks(m, q_len, kv_len, block_size, causal, num_sink_blocks=1, num_local_blocks=1):
+    """Forced key blocks of query block m, in rank order: local from the latest down, then sinks."""
+    visible = num_visible(m, q_len, kv_len, block_size, causal)
+    forced = []
+    if causal and num_local_blocks > 0:
+        own = positions(q_len, kv_len)[m * block_size] // block_size
+        earliest = max(0, own - (num_local_blocks - 1))
+        forced = list(range(visible - 1, earliest - 1, -1))
+    return forced + [n for n in range(min(num_sink_blocks, visible)) if n not in forced]

@@ -1,8 +1,8 @@
-"""Stage 3: how many key blocks hold a share gamma of a head's attention in its last queries."""
+"""Stage 3: what each head needs, from its attention in its last queries."""
 
 import numpy as np
 
-from reference.grid import ceil_div, positions, visible_pairs
+from reference.grid import ceil_div, forced_blocks, positions, visible_pairs
 from reference.score import log_softmax
 
 
@@ -26,8 +26,8 @@ def block_mass(q, k, block_size, causal, scale=None):
     return a
 
 
-def shares(a):
-    """Share of sum(a) in the k largest blocks, for k = 0, 1, ..., Nb; last axis Nb + 1."""
+def reached(a):
+    """Part of sum(a) in the k largest blocks, for k = 0, 1, ..., Nb; last axis Nb + 1."""
     ordered = -np.sort(-a, axis=-1)
     total = a.sum(axis=-1, keepdims=True)
     zero = np.zeros((*a.shape[:-1], 1))
@@ -41,10 +41,17 @@ def budgets_of(a, gamma):
         return np.full(a.shape[:-1], num_kv_blocks)
     if gamma <= 0:
         return np.ones(a.shape[:-1], dtype=np.int64)
-    reached = shares(a)[..., 1:] >= gamma
-    budgets = np.where(reached.any(axis=-1), reached.argmax(axis=-1) + 1, num_kv_blocks)
+    enough = reached(a)[..., 1:] >= gamma
+    budgets = np.where(enough.any(axis=-1), enough.argmax(axis=-1) + 1, num_kv_blocks)
     broken = ~(a.sum(axis=-1) > 0)
     return np.where(broken, num_kv_blocks, budgets)
+
+
+def shares_of(a, forced):
+    """Part of sum(a) in the forced blocks; NaN where the sum is not positive."""
+    total = a.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(total > 0, a[..., forced].sum(axis=-1) / total, np.nan)
 
 
 def estimate_budgets(q, k, gamma, block_size, causal, scale=None):
@@ -52,3 +59,18 @@ def estimate_budgets(q, k, gamma, block_size, causal, scale=None):
     if q.shape[1] == 0 or k.shape[1] == 0:
         return np.zeros((q.shape[0], q.shape[2]), dtype=np.int64)
     return budgets_of(block_mass(q, k, block_size, causal, scale), gamma)
+
+
+def last_forced(q_len, kv_len, block_size, causal, num_sink_blocks=1, num_local_blocks=1):
+    """What is forced for a query block of exactly the last min(block_size, M) queries."""
+    rows = min(block_size, q_len)
+    return forced_blocks(0, rows, kv_len, block_size, causal, num_sink_blocks, num_local_blocks)
+
+
+def estimate_shares(q, k, block_size, causal, scale=None, num_sink_blocks=1, num_local_blocks=1):
+    """float64 [B, Hq]."""
+    q_len, kv_len = q.shape[1], k.shape[1]
+    if q_len == 0 or kv_len == 0:
+        return np.full((q.shape[0], q.shape[2]), np.nan)
+    forced = last_forced(q_len, kv_len, block_size, causal, num_sink_blocks, num_local_blocks)
+    return shares_of(block_mass(q, k, block_size, causal, scale), forced)

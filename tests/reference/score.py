@@ -1,4 +1,4 @@
-"""Stage 2: log-probabilities of the sampled tokens, reduced over blocks."""
+"""Stage 2: log-probabilities of the windows, reduced over blocks."""
 
 import numpy as np
 
@@ -18,22 +18,24 @@ def score_blocks(
     q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale=None, rows=None
 ):
     """Returns (peak, mass), both [B, g, rows, Nb]; `rows` lists query blocks, None means all."""
-    batch, _, groups, head_dim = q_proxy.shape
+    batch, _, proxies, head_dim = q_proxy.shape
+    key_proxies = k_proxy.shape[2]
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     q_tokens = np.arange(0, q_len, stride)
     k_tokens = np.arange(0, kv_len, stride)
     rows = list(range(ceil_div(q_len, block_size)) if rows is None else rows)
     num_kv_blocks = ceil_div(kv_len, block_size)
-    peak = np.full((batch, groups, len(rows), num_kv_blocks), -np.inf)
-    mass = np.zeros((batch, groups, len(rows), num_kv_blocks))
+    peak = np.full((batch, proxies, len(rows), num_kv_blocks), -np.inf)
+    mass = np.zeros((batch, proxies, len(rows), num_kv_blocks))
     if kv_len == 0:
         return peak, mass
     for b in range(batch):
-        for c in range(groups):
+        for c in range(proxies):
+            keys = k_proxy[b, :, c * key_proxies // proxies]
             for place, m in enumerate(rows):
                 sampled = np.flatnonzero(q_tokens // block_size == m)
                 at = positions(q_len, kv_len)[q_tokens[sampled]]
-                logits = scale * q_proxy[b, sampled, c] @ k_proxy[b, :, c].T
+                logits = scale * q_proxy[b, sampled, c] @ keys.T
                 log_p = log_softmax(logits, visible_pairs(at, k_tokens, causal))
                 for n in range(num_kv_blocks):
                     cell = log_p[:, k_tokens // block_size == n]

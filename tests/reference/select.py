@@ -1,19 +1,12 @@
-"""Stage 4: one ranking per (group, query block), one prefix length per head."""
+"""Stage 4: one ranking per (proxy, query block), one prefix length per head."""
 
 import numpy as np
 
-from reference.grid import ceil_div, num_visible, positions
+from reference.grid import ceil_div, forced_blocks, num_visible
 
-
-def forced_blocks(m, q_len, kv_len, block_size, causal, num_sink_blocks, num_local_blocks):
-    """Forced key blocks of query block m, in rank order: local from the latest down, then sinks."""
-    visible = num_visible(m, q_len, kv_len, block_size, causal)
-    forced = []
-    if causal and num_local_blocks > 0:
-        own = positions(q_len, kv_len)[m * block_size] // block_size
-        earliest = max(0, own - (num_local_blocks - 1))
-        forced = list(range(visible - 1, earliest - 1, -1))
-    return forced + [n for n in range(min(num_sink_blocks, visible)) if n not in forced]
+#: What is held may fall short of what is needed by so much.
+SLACK = 1e-6
+DEFAULT_MIN_BUDGET = {"top_p": 512, "last_block": 2048}
 
 
 def rank_row(peaks, forced):
@@ -23,75 +16,71 @@ def rank_row(peaks, forced):
     return list(forced) + sorted(rest, key=lambda n: (-heights[n], -n))
 
 
-def ranked_shares(mass_row, ranking):
-    """Share of the row's mass in its first k ranked blocks, for k = 0, 1, ..., V."""
+def needs_of(shares, gamma):
+    """Part of the mass outside the forced blocks that a head needs; NaN of a NaN share."""
+    shares = np.asarray(shares, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.concatenate([[0.0], np.cumsum(mass_row[ranking]) / mass_row[ranking].sum()])
+        needs = np.maximum(0.0, (gamma - shares) / (1.0 - shares))
+    return np.where(shares == 1, 0.0, needs)
 
 
-def coverage_targets(peak, mass, budgets, q_len, kv_len, block_size, causal, sinks, local):
-    """c[B, Hq], the share that each head's budget covers in the last row; 2 means all blocks."""
-    batch, groups, num_rows, _ = peak.shape
-    q_heads = budgets.shape[1]
-    last = num_rows - 1
-    visible = num_visible(last, q_len, kv_len, block_size, causal)
-    forced = forced_blocks(last, q_len, kv_len, block_size, causal, sinks, local)
-    targets = np.zeros((batch, q_heads))
-    for b in range(batch):
-        for h in range(q_heads):
-            c = h // (q_heads // groups)
-            ranking = rank_row(peak[b, c, last, :visible], forced)
-            covered = ranked_shares(mass[b, c, last, :visible], ranking)
-            all_blocks = budgets[b, h] >= visible
-            targets[b, h] = 2.0 if all_blocks else covered[max(0, budgets[b, h])]
-    return targets
+def held_parts(mass_row, ranking, num_forced):
+    """Part of the mass outside the forced blocks in the first k = 0, 1, ... ranked ones of them;
+    None where the row holds a NaN, ones where there is no such mass."""
+    if np.isnan(mass_row[ranking]).any():
+        return None
+    held = np.concatenate([[0.0], np.cumsum(mass_row[ranking[num_forced:]])])
+    return held / held[-1] if held[-1] > 0 else np.ones(len(held))
 
 
-def _coverage_count(target, covered):
-    reached = np.flatnonzero(covered >= target - 1e-6)
-    return int(reached[0]) if len(reached) else len(covered) - 1
+def top_p_count(held, need, num_forced, num_blocks, gamma):
+    """Blocks of one row that a head takes, before the least number and clipping."""
+    if gamma >= 1 or held is None or np.isnan(need):
+        return num_blocks
+    return num_forced + int(np.flatnonzero(held >= need - SLACK)[0])
+
+
+def least_count(num_forced, num_blocks, min_budget, block_size):
+    """Fewest blocks that any head takes of a row that sees num_blocks."""
+    return min(max(1, num_forced, ceil_div(min_budget, block_size)), num_blocks)
 
 
 def select_blocks(
     peak,
     mass,
-    budgets,
+    needs,
     q_len,
     kv_len,
     block_size,
     causal,
-    budget_mode="last_block",
+    budget_mode="top_p",
+    gamma=None,
     min_budget=None,
     num_sink_blocks=1,
     num_local_blocks=1,
 ):
-    """Returns indices [B, g, Mb, Nb] (-1 past the visible blocks) and counts [B, Hq, Mb]."""
+    """Returns indices [B, g, Mb, Nb] (-1 past the visible blocks) and counts [B, Hq, Mb].
+
+    `needs` are shares with "top_p", which asks for gamma, and budgets with "last_block".
+    """
     if min_budget is None:
-        min_budget = {"last_block": 2048, "coverage": 1024}[budget_mode]
+        min_budget = DEFAULT_MIN_BUDGET[budget_mode]
     batch, groups, num_rows, num_kv_blocks = peak.shape
-    q_heads = budgets.shape[1]
-    least = ceil_div(min_budget, block_size)
+    q_heads = needs.shape[1]
     geometry = (q_len, kv_len, block_size, causal)
-    if budget_mode == "coverage" and peak.size:
-        targets = coverage_targets(
-            peak, mass, budgets, *geometry, num_sink_blocks, num_local_blocks
-        )
     indices = np.full((batch, groups, num_rows, num_kv_blocks), -1)
     counts = np.zeros((batch, q_heads, num_rows), dtype=np.int64)
-    for m in range(num_rows):
+    for b, c, m in np.ndindex(batch, groups, num_rows):
         visible = num_visible(m, *geometry)
         forced = forced_blocks(m, *geometry, num_sink_blocks, num_local_blocks)
-        for b in range(batch):
-            for c in range(groups):
-                indices[b, c, m, :visible] = rank_row(peak[b, c, m, :visible], forced)
-            for h in range(q_heads):
-                c = h // (q_heads // groups)
-                count = budgets[b, h]
-                if budget_mode == "coverage" and visible:
-                    row = mass[b, c, m, :visible]
-                    count = _coverage_count(
-                        targets[b, h], ranked_shares(row, indices[b, c, m, :visible])
-                    )
-                count = max(count, least, 1, len(forced))
-                counts[b, h, m] = min(count, visible)
+        ranking = np.array(rank_row(peak[b, c, m, :visible], forced), dtype=np.int64)
+        indices[b, c, m, :visible] = ranking
+        least = least_count(len(forced), visible, min_budget, block_size)
+        for h in range(c * (q_heads // groups), (c + 1) * (q_heads // groups)):
+            count = needs[b, h]
+            if budget_mode == "top_p":
+                held = held_parts(mass[b, c, m], ranking, len(forced))
+                need = needs_of(needs[b, h], gamma)
+                count = top_p_count(held, need, len(forced), visible, gamma)
+            counts[b, h, m] = min(max(count, least), visible)
     return indices, counts
