@@ -1,191 +1,171 @@
-"""What finer blocks are worth: quality of a model against time of attention, for 64 and 128.
+"""What choosing key blocks loses on real models, for each way to choose, beside dense attention.
 
-    python bench/quality.py --model DIR [--plot FILE.png] [--json FILE]
+    python bench/quality.py --gemma DIR --model DIR --json FILE --plot bench/quality.png
+    python bench/quality.py --results FILE --plot bench/quality.png
 
-For both block sizes, both budget modes and a few shares gamma it reads source text of --length
-tokens with the model and asks it questions about numbers hidden in such text. Each setting reads
-some share of the key blocks; how long proxy_attention takes at that share is measured on random
-inputs of 32 query and 8 kv heads, head_dim 128, at each of --lengths. Needs a GPU.
+Each model reads prompts of --length tokens, text of installed packages with numbers hidden in it
+and questions about them at the end (quality_prompts.py), once with dense attention and once with
+every selector (quality_selectors.py). A question is right if the model would say every token of
+its answer. The table says which share of the causal key blocks was read in the layers without a
+window, how many questions were right, and the loss over the text before them; verdicts compare
+that with what the default settings promise. quality_gemma.py says how to get gemma-3-270m; other
+models are folders of Hugging Face's form, and read source code unless --style is prose.
+
+Selectors take turns over all models and lengths, the telling ones first. When --time-limit is
+over, those that are left are named; --json is written after each row.
 """
 
 import argparse
-import itertools
-import json
-import math
 import sys
-from dataclasses import asdict, dataclass
+import time
 from pathlib import Path
 
 import proxyattn
 import torch
-import transformers
-from proxyattn import hf
-from proxyattn._measure import Stopwatch
-from proxyattn._model_run import _loss
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from retrieval import NUM_QUESTIONS, num_right, retrieval_prompt, source_text
-
-BLOCK_SIZES = (64, 128)
-GAMMAS = {"last_block": (0.8, 0.9, 0.95), "coverage": (0.8, 0.9, 0.95)}
-REPEATS = 5
+from quality_gemma import gemma_folder
+from quality_prompts import STYLES, make_prompts
+from quality_reader import Reader
+from quality_report import Cell, Results, Row, cell_table, plot, verdicts
+from quality_selectors import PAPER, Dense, FlexPrefill, Proxy, XAttention
 
 
-@dataclass
-class Row:
-    block_size: int | None  # None: dense
-    mode: str
-    gamma: float
-    share: float  # of the key blocks, text and questions together
-    loss: float  # nats per token of the text
-    right: int
-    asked: int
-    milliseconds: dict[int, float]  # by length
-
-
-class Model:
-    """The model, the text and the questions."""
-
-    def __init__(self, folder: Path, length: int, num_prompts: int):
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-        self.model = self.model.cuda().eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer(source_text(8 * length), add_special_tokens=False)["input_ids"]
-        self.text = torch.tensor([ids[:length]], device="cuda")
-        self.prompts = [retrieval_prompt(tokenizer, length, seed) for seed in range(num_prompts)]
-
-    @torch.no_grad()
-    def quality(self, implementation: str) -> tuple[float, float, int]:
-        """(share of blocks read, loss, questions right)"""
-        self.model.set_attn_implementation(implementation)
-        with hf.record() as recording:
-            loss = _loss(self.model, self.text)
-            right = 0
-            for ids, answers in self.prompts:
-                # Logits of the answers alone: those of a long prompt take gigabytes.
-                first = min(span.start for span in answers) - 1
-                prompt = torch.tensor([ids], device="cuda")
-                hidden = self.model.base_model(prompt, use_cache=False).last_hidden_state[0, first:]
-                logits = self.model.get_output_embeddings()(hidden).float().cpu()
-                shifted = [range(span.start - first, span.stop - first) for span in answers]
-                right += num_right(logits, ids[first:], shifted)
-        return recording.share if recording.sparse else 1.0, loss, right
-
-
-class Layer:
-    """One attention layer of each length."""
-
-    def __init__(self, lengths: list[int]):
-        self.lengths = lengths
-
-    def times(self, run) -> dict[int, float]:
-        """Medians in milliseconds of run(q, k, v)."""
-        medians = {}
-        for length in self.lengths:
-            q, k, v = (
-                torch.randn(1, length, heads, 128, dtype=torch.bfloat16, device="cuda")
-                for heads in (32, 8, 8)
-            )
-            watch = Stopwatch(torch.device("cuda"))
-            run(q, k, v)
-            for _ in range(REPEATS):
-                with watch("run"):
-                    run(q, k, v)
-            medians[length] = watch.medians()["run"]
-        return medians
-
-    def sparse_times(self, block_size: int, mode: str, share: float) -> dict[int, float]:
-        """With the same minimum budget for all heads and rows, so that the share is read."""
-
-        def run(q, k, v):
-            budget = round(q.shape[1] * (1 - math.sqrt(max(0.0, 1 - share))))
-            return proxyattn.proxy_attention(
-                q, k, v, gamma=0.0, min_budget=budget, block_size=block_size, budget_mode=mode
-            )
-
-        return self.times(run)
-
-
-def measure(args: argparse.Namespace) -> list[Row]:
-    model, layer = Model(args.model, args.length, args.prompts), Layer(args.lengths)
-    asked = args.prompts * NUM_QUESTIONS
-    _, loss, right = model.quality("sdpa")
-    dense = layer.times(lambda q, k, v: proxyattn.proxy_attention(q, k, v, gamma=1.0))
-    rows = [Row(None, "dense", 1.0, 1.0, loss, right, asked, dense)]
-    settings = [
-        (size, mode, gamma)
-        for size, mode in itertools.product(BLOCK_SIZES, GAMMAS)
-        for gamma in GAMMAS[mode]
+def selectors(q_heads: int, kv_heads: int) -> list:
+    """What is tried on a model with so many heads, the telling ones first."""
+    proxies = [
+        g
+        for g in range(1, q_heads + 1)
+        if kv_heads % g == 0 or (g % kv_heads == 0 and q_heads % g == 0)
     ]
-    for size, mode, gamma in tqdm(settings, disable=None):
-        hf.register("proxyattn", gamma=gamma, budget_mode=mode, block_size=size, min_seqlen=1024)
-        share, loss, right = model.quality("proxyattn")
-        times = layer.sparse_times(size, mode, share)
-        rows.append(Row(size, mode, gamma, share, loss, right, asked, times))
-    return rows
+    return [
+        Dense(),
+        Proxy(),
+        Proxy({"gamma": 0.8}),
+        Proxy({}, "paper", PAPER),
+        XAttention(stride=8),
+        FlexPrefill(gamma=0.95),
+        *(Proxy({"gamma": gamma}) for gamma in (0.85, 0.9, 0.95)),
+        XAttention(stride=16),
+        FlexPrefill(gamma=0.9),
+        *(Proxy({"num_proxy_heads": g}) for g in proxies),
+        *(Proxy({"stride": stride}) for stride in (2, 8)),
+        *(Proxy({"block_size": 128, "gamma": gamma}) for gamma in (0.8, 0.9)),
+        *(Proxy({"min_budget": tokens}) for tokens in (256, 1024)),
+        *(Proxy({"gamma": 0.8, "num_proxy_heads": g}) for g in proxies),
+        *(Proxy({"gamma": 0.8, "stride": stride}) for stride in (2, 8)),
+        *(Proxy({"gamma": 0.8, "min_budget": tokens}) for tokens in (256, 1024)),
+        Proxy({"num_proxy_heads": 1}, "paper", PAPER),
+    ]
 
 
-def print_table(rows: list[Row]) -> None:
-    lengths = list(rows[0].milliseconds)
-    heads = ["block", "mode", "gamma", "read", "loss", "right", *(f"{n} ms" for n in lengths)]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for row in rows:
-        cells = [
-            str(row.block_size or "-"),
-            row.mode,
-            f"{row.gamma:g}",
-            f"{row.share:.3f}",
-            f"{row.loss:.4f}",
-            f"{row.right} of {row.asked}",
-            *(f"{row.milliseconds[n]:.2f}" for n in lengths),
-        ]
-        print("| " + " | ".join(cells) + " |")
+class Bench:
+    """The models, their prompts and what was measured."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device(args.device)
+        self.deadline = time.perf_counter() + args.time_limit
+        on_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_gpu else "CPU"
+        self.results = Results(
+            f"{name}, torch {torch.__version__}, proxyattn {proxyattn.__version__}"
+        )
+        self.work = []  # (reader, prompts, cell, selectors)
+
+    def load(self) -> None:
+        folders = [(folder, self.args.style) for folder in self.args.model]
+        if self.args.gemma:
+            folders.insert(0, (gemma_folder(self.args.gemma), "prose"))
+        for folder, style in folders:
+            reader = Reader(folder, style, self.device)
+            chosen = [s for s in selectors(*reader.heads) if self.is_asked_for(s)]
+            for length in self.args.length:
+                prompts = make_prompts(
+                    reader.tokenizer, reader.style, length, self.args.questions, self.args.seed
+                )
+                cell = Cell(reader.name, length, [])
+                self.results.cells.append(cell)
+                self.work.append((reader, prompts, cell, chosen))
+
+    def is_asked_for(self, selector) -> bool:
+        dense = isinstance(selector, Dense)
+        return dense or not self.args.only or selector.family in self.args.only
+
+    def run(self) -> None:
+        longest = max(len(chosen) for *_, chosen in self.work)
+        for turn in range(longest):
+            for reader, prompts, cell, chosen in self.work:
+                if turn < len(chosen):
+                    self.run_row(reader, prompts, cell, chosen[turn])
+
+    def run_row(self, reader: Reader, prompts: list, cell: Cell, selector) -> None:
+        row = Row(selector.family, selector.settings)
+        started = time.perf_counter()
+        # Nothing can be judged without the first row, dense; others take about as long.
+        if cell.rows and started + cell.rows[-1].seconds > self.deadline:
+            self.results.left_out.append(f"{cell.name}: {row.name}")
+            return
+        reading = reader.read(prompts, selector, self.args.loss_tokens)
+        row.loss, row.right, row.read = reading.loss, reading.right, reading.read
+        row.seconds = time.perf_counter() - started
+        cell.rows.append(row)
+        right = f"{sum(row.right)} of {len(row.right)}"
+        print(
+            f"{cell.name:24} {row.name:48} read {row.read:.3f}  right {right:10} "
+            f"loss {row.loss:.4f}  {row.seconds:.1f} s",
+            flush=True,
+        )
+        if self.args.json:
+            self.results.save(self.args.json)
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Loss and wrong answers against time at each length, a line for each size and mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
-
-    dense, lengths = rows[0], list(rows[0].milliseconds)
-    figure, axes = pyplot.subplots(
-        2, len(lengths), figsize=(4 * len(lengths), 7), squeeze=False, layout="constrained"
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for column, length in enumerate(lengths):
-        for size, mode in itertools.product(BLOCK_SIZES, GAMMAS):
-            chosen = [row for row in rows if (row.block_size, row.mode) == (size, mode)]
-            times = [row.milliseconds[length] / dense.milliseconds[length] for row in chosen]
-            style = {"marker": "o" if size == 64 else "s", "label": f"{size}, {mode}"}
-            axes[0][column].plot(times, [row.loss - dense.loss for row in chosen], **style)
-            axes[1][column].plot(times, [dense.right - row.right for row in chosen], **style)
-        axes[0][column].set_title(f"{length} tokens")
-        axes[1][column].set_xlabel("time, dense = 1")
-    axes[0][0].set_ylabel("loss over dense, nats per token")
-    axes[1][0].set_ylabel(f"answers lost of {dense.asked}")
-    axes[0][0].legend()
-    figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="folder of a Llama or Qwen model")
-    parser.add_argument("--length", type=int, default=32_768, help="tokens the model reads")
-    parser.add_argument("--prompts", type=int, default=8, help=f"of {NUM_QUESTIONS} questions each")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 131_072, 262_144])
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--gemma", type=Path, metavar="DIR", help="where gemma-3-270m was put")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", action="append", default=[], help="may be repeated"
+    )
+    parser.add_argument("--style", choices=STYLES, default="code", help="of prompts for --model")
+    parser.add_argument("--length", type=int, nargs="+", default=[16_384, 32_768], help="tokens")
+    parser.add_argument("--questions", type=int, default=192, help="of each model and length")
+    parser.add_argument("--loss-tokens", type=int, default=4096, help="whose loss counts, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument(
+        "--only", nargs="+", choices=("proxyattn", "paper", "XAttention", "FlexPrefill")
+    )
+    parser.add_argument("--device", default=default_device)
+    parser.add_argument("--time-limit", type=float, default=480.0, help="seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    rows = measure(args)
-    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print_table(rows)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    parser.add_argument(
+        "--results", type=Path, nargs="+", metavar="FILE", help="show these instead of measuring"
+    )
+    args = parser.parse_args(arguments)
+    if not (args.gemma or args.model or args.results):
+        parser.error("one of --gemma, --model and --results is needed")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.results:
+        results = Results.load(args.results)
+    else:
+        bench = Bench(args)
+        bench.load()
+        bench.run()
+        results = bench.results
+    print(f"\n# {results.machine}")
+    for cell in results.cells:
+        print(f"\n{cell_table(cell)}")
+    print("\n" + "\n".join(verdicts(results)))
+    if results.left_out:
+        print("\nout of time for\n  " + "\n  ".join(results.left_out))
     if args.plot:
-        plot(rows, args.plot)
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
