@@ -83,6 +83,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     ext_modules=[Extension("proxyattn._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "build_py": FreshPython},
 )

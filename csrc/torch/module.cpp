@@ -8,6 +8,9 @@ namespace py = pybind11;
 
 namespace {
 
+// Where _extension.py looks for it when the file can't be loaded.
+[[gnu::used]] const char kMadeFor[] = "proxyattn made for torch " PROXYATTN_TORCH_VERSION;
+
 py::dict config_of(const proxyattn::KernelConfig& config) {
   py::dict row;
   row["device"] = config.device;

@@ -4,16 +4,14 @@
 them are also ops, ``torch.ops.proxyattn.*``.
 """
 
-import torch  # first: the extension links against the libraries that it loads
+import torch  # before the extension, which links against the libraries that it loads
 
 try:
     from proxyattn import _C
 except ImportError as error:
-    raise ImportError(
-        "proxyattn: the compiled extension proxyattn._C could not be loaded "
-        f"({error}). Build it for this Python and torch with: "
-        "pip install --no-build-isolation ."
-    ) from error
+    from proxyattn._extension import explain
+
+    raise ImportError(explain(error, __path__[0], torch.__version__)) from error
 
 from proxyattn import _meta
 from proxyattn._config import show_config, supported_configs
