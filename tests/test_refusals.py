@@ -3,6 +3,7 @@
 import proxyattn
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_mode
 from arguments import OPS, good_arguments, message_of, smallest_workspace
 
 
@@ -49,15 +50,19 @@ def test_cpu_among_cuda_tensors(cuda, op):
         )
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_refuses_to_be_differentiated(device, op):
-    arguments = good_arguments(op, device)
-    floats = [
+def floats(arguments):
+    """The names of those that could have a derivative."""
+    return [
         name
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
-    for name in floats:
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_to_be_differentiated(device, op):
+    arguments = good_arguments(op, device)
+    for name in floats(arguments):
         changed = {**arguments, name: arguments[name].clone().requires_grad_()}
         with pytest.raises(RuntimeError) as error:
             getattr(proxyattn, op)(**changed)
@@ -69,6 +74,44 @@ def test_refuses_to_be_differentiated(device, op):
             getattr(proxyattn, op)(**changed)
         with torch.inference_mode():
             getattr(proxyattn, op)(**arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_to_be_differentiated_forward(device, op):
+    """With or without grad mode, which is the other mode's."""
+    arguments = good_arguments(op, device)
+    for name in floats(arguments):
+        value = arguments[name]
+
+        def call(x, name=name):
+            return getattr(proxyattn, op)(**{**arguments, name: x})
+
+        message = (
+            f"{op}: {name} must not carry a tangent, there is no forward-mode derivative; detach "
+            "the tensor"
+        )
+        with pytest.raises(RuntimeError) as error:
+            torch.func.jvp(call, (value,), (torch.ones_like(value),))
+        assert message_of(error) == message
+        with forward_mode.dual_level():
+            dual = forward_mode.make_dual(value, torch.ones_like(value))
+            with torch.no_grad(), pytest.raises(RuntimeError) as error:
+                call(dual)
+            assert message_of(error) == message
+            call(dual.detach())
+
+
+def test_constants_of_a_differentiated_function(device):
+    """What carries no tangent passes through."""
+    arguments = good_arguments("proxy_attention", device)
+    want = proxyattn.proxy_attention(**arguments)
+
+    def scaled(factor):
+        return proxyattn.proxy_attention(**arguments) * factor
+
+    one = torch.ones((), dtype=torch.bfloat16, device=device)
+    out, tangent = torch.func.jvp(scaled, (one,), (one,))
+    assert torch.equal(out, want) and torch.equal(tangent, want)
 
 
 def bad_lists():
