@@ -144,17 +144,29 @@ def test_lists_out_of_range_on_the_cpu(name, value, message):
     assert message_of(error) == f"block_sparse_attention: {message}"
 
 
+def checked_calls(arguments):
+    """Every way to attend over lists that PROXYATTN_CHECK reaches."""
+    values = list(arguments.values())
+    op = torch.ops.proxyattn.block_sparse_attention
+    return [
+        lambda: proxyattn.block_sparse_attention(**arguments),
+        lambda: op(*values, True, None, False),
+        lambda: torch.compile(op, backend="aot_eager")(*values, True, None, False),
+    ]
+
+
 @pytest.mark.parametrize(("name", "value", "message"), bad_lists())
 def test_check_block_lists_out_of_range(device, monkeypatch, name, value, message):
     arguments = attention_with_lists(device)
     arguments[name].view(-1)[0] = value
     with pytest.raises(ValueError) as error:
         proxyattn.check_block_lists(arguments["indices"], arguments["counts"], 200, 64)
-    assert str(error.value) == f"block_sparse_attention: {message}"
+    assert message_of(error) == f"block_sparse_attention: {message}"
     monkeypatch.setenv("PROXYATTN_CHECK", "1")
-    with pytest.raises(ValueError) as error:
-        proxyattn.block_sparse_attention(**arguments)
-    assert str(error.value) == f"block_sparse_attention: {message}"
+    for call in checked_calls(arguments):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert message_of(error) == f"block_sparse_attention: {message}"
 
 
 def test_check_block_lists_duplicates(device, monkeypatch):
@@ -165,14 +177,16 @@ def test_check_block_lists_duplicates(device, monkeypatch):
     counts[1, 3, 0] = 3  # now a head of that list reads it
     with pytest.raises(ValueError) as error:
         proxyattn.check_block_lists(indices, counts, 200, 64)
-    assert str(error.value) == (
+    assert message_of(error) == (
         "block_sparse_attention: indices must be unique in each list, got 0 twice"
     )
     monkeypatch.setenv("PROXYATTN_CHECK", "1")
-    with pytest.raises(ValueError, match="unique in each list"):
+    for call in checked_calls(arguments):
+        with pytest.raises(ValueError, match="unique in each list"):
+            call()
+    for off in ("0", ""):
+        monkeypatch.setenv("PROXYATTN_CHECK", off)
         proxyattn.block_sparse_attention(**arguments)
-    monkeypatch.setenv("PROXYATTN_CHECK", "0")
-    proxyattn.block_sparse_attention(**arguments)
 
 
 def test_check_block_lists_takes_what_select_blocks_gives(device, monkeypatch):
@@ -183,6 +197,29 @@ def test_check_block_lists_takes_what_select_blocks_gives(device, monkeypatch):
     proxyattn.block_sparse_attention(**{**attention, "indices": indices, "counts": counts})
     empty = torch.zeros(0, 2, 2, 4, dtype=torch.int32, device=device)
     proxyattn.check_block_lists(empty, empty[:, :, :, 0].repeat(1, 2, 1), 200, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"kv_len": -1}, ValueError, "kv_len must be at least 0, got kv_len=-1"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1, got block_size=0"),
+        ({"counts": torch.zeros(2, 4, 2)}, TypeError, "counts must have dtype int32, got float32"),
+        (
+            {"indices": torch.zeros(2, 3, 2, 4, dtype=torch.int32)},
+            ValueError,
+            "indices must hold lists for a number of heads that divides q_heads, got "
+            "indices.size(1)=3, q_heads=4",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_check_block_lists_of_wrong_arguments(changes, kind, message):
+    lists = attention_with_lists("cpu")
+    arguments = {"indices": lists["indices"], "counts": lists["counts"], "kv_len": 200}
+    with pytest.raises(kind) as error:
+        proxyattn.check_block_lists(**{**arguments, **changes})
+    assert message_of(error) == f"block_sparse_attention: {message}"
 
 
 @pytest.mark.parametrize("change", [{"indices": "dim"}, {"counts": "dim"}, {"counts": "heads"}])

@@ -34,8 +34,10 @@ void check_same(const char* op,
 // for, last dimension contiguous.
 void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor);
 
-// q, k and v as attention takes them: each a heads tensor, shapes that fit together.
-void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+// q, k and v as attention takes them: each a heads tensor, shapes that fit together. Where they
+// only fit with tokens and heads exchanged, the error says so.
+void check_qkv(
+    const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal);
 
 DType dtype_of(const at::Tensor& tensor);
 TokenStrides strides_of(const at::Tensor& tensor);

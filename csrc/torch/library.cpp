@@ -41,6 +41,7 @@ void register_kernels(torch::Library& library) {
   library.impl("score_blocks", score_blocks);
   library.impl("estimate_budgets", estimate_budgets);
   library.impl("select_blocks", select_blocks);
+  library.impl("_check_block_lists", check_block_lists);
   library.impl("block_sparse_attention", block_sparse_attention);
   library.impl("proxy_attention", proxy_attention);
 }
@@ -61,6 +62,8 @@ TORCH_LIBRARY(proxyattn, library) {
       "select_blocks(Tensor peak, Tensor mass, Tensor budgets, SymInt q_len, SymInt kv_len, "
       "int block_size, bool causal, str budget_mode, int min_budget, int num_sink_blocks, "
       "int num_local_blocks) -> (Tensor indices, Tensor counts)");
+  library.def(
+      "_check_block_lists(Tensor indices, Tensor counts, int kv_len, int block_size) -> ()");
   library.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
       "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)");

@@ -26,7 +26,7 @@ TensorPair proxy_attention(const at::Tensor& q,
                            bool return_lse,
                            std::optional<int64_t> max_workspace_bytes) {
   constexpr const char* kOp = "proxy_attention";
-  check_qkv(kOp, q, k, v);
+  check_qkv(kOp, q, k, v, causal);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
