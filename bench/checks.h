@@ -9,7 +9,7 @@ namespace proxyattn::bench {
 
 void check_pool(Machine& machine, const PoolParams& params);
 void check_score(Machine& machine, const ScoreParams& params);
-void check_budget(Machine& machine, const BudgetParams& params);
+void check_needs(Machine& machine, const NeedParams& params);
 void check_select(Machine& machine, const SelectParams& params);
 void check_attention(Machine& machine, const AttentionParams& params);
 

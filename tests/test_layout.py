@@ -10,7 +10,7 @@ OTHER = "as [batch, heads, tokens, head_dim]"
 
 
 def refusal(device, q, k, v=None, causal=True):
-    """What both ops that take values say of (tokens, heads) in the order of the dimensions."""
+    """What all ops say of (tokens, heads) in the order of the dimensions."""
     shapes = q, k, k if v is None else v
     tensors = [torch.zeros(1, *s, 64, dtype=torch.bfloat16, device=device) for s in shapes]
     lists = torch.zeros(1, 1, 1, 1, dtype=torch.int32, device=device)
@@ -20,6 +20,9 @@ def refusal(device, q, k, v=None, causal=True):
             *tensors, lists, lists[0], causal=causal
         ),
     }
+    if v is None:
+        calls["choose_blocks"] = lambda: proxyattn.choose_blocks(*tensors[:2], causal=causal)
+        calls["estimate_shares"] = lambda: proxyattn.estimate_shares(*tensors[:2], causal=causal)
     texts = set()
     for op, call in calls.items():
         with pytest.raises(ValueError) as error:

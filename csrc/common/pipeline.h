@@ -1,7 +1,7 @@
-// proxy_attention on either device: where each stage's buffers lie in the one workspace, how many
-// query blocks are worked on at a time, and the order of the stages.
+// proxy_attention and choose_blocks on either device: where each stage's buffers lie in the one
+// workspace, how many query blocks are worked on at a time, and the order of the stages.
 //
-// `Stages` names a device's functions: pool, score_workspace, score, budget_workspace, budget,
+// `Stages` names a device's functions: pool, score_workspace, score, needs_workspace, needs,
 // select, attention_workspace and attention.
 #pragma once
 
@@ -32,12 +32,20 @@ inline bool chooses_all_blocks(const PipelineParams& p) {
   return p.gamma >= 1.0 || ceil_div(min_budget, p.kv_block) == ceil_div(p.kv_len, p.kv_block);
 }
 
-template <typename Stages>
+enum class PipelineJob { kAttend, kChoose };
+
+constexpr const char* pipeline_op(PipelineJob job) {
+  return job == PipelineJob::kAttend ? "proxy_attention" : "choose_blocks";
+}
+
+template <typename Stages, PipelineJob kJob>
 class Pipeline {
  public:
   explicit Pipeline(const PipelineParams& params)
       : p_(params), grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal} {
-    dense_ = chooses_all_blocks(p_);
+    validate_pipeline(params, kOp);
+    // Whoever asks for lists gets rankings, whatever the counts are.
+    dense_ = kAttends && chooses_all_blocks(p_);
     if (dense_) {
       // Nobody asks for what is in a block: the size that attention is fastest with.
       p_.q_block = p_.kv_block = kAllBlocksSize;
@@ -50,25 +58,27 @@ class Pipeline {
 
   template <typename... Extra>  // CUDA: the stream
   void run(Extra... extra) {
-    validate_workspace("proxy_attention", p_.workspace, p_.workspace_bytes, total_bytes_);
+    validate_workspace(kOp, p_.workspace, p_.workspace_bytes, total_bytes_);
     const int64_t num_rows = grid_.num_q_blocks();
     if (dense_) {
       Stages::attention(attention_params({0, num_rows}), extra...);
       return;
     }
-    Stages::budget(budget_params(), extra...);
-    // From the end: the last query block sets the shares that coverage asks of all others.
+    if (p_.shares == nullptr) Stages::needs(need_params(), extra...);
     for (int64_t end = num_rows; end > 0; end -= rows_per_step_) {
       const BlockRange rows{max_of<int64_t>(0, end - rows_per_step_), end};
       Stages::pool(pool_params(rows), extra...);
       Stages::score(score_params(rows), extra...);
       Stages::select(select_params(rows), extra...);
-      Stages::attention(attention_params(rows), extra...);
+      if constexpr (kAttends) Stages::attention(attention_params(rows), extra...);
     }
   }
 
  private:
-  bool coverage() const { return p_.budget_mode == BudgetMode::kCoverage; }
+  static constexpr bool kAttends = kJob == PipelineJob::kAttend;
+  static constexpr const char* kOp = pipeline_op(kJob);
+
+  bool top_p() const { return p_.budget_mode == BudgetMode::kTopP; }
 
   // Offset of a buffer of `bytes` bytes, laid behind those taken so far.
   int64_t take(int64_t bytes) {
@@ -90,9 +100,10 @@ class Pipeline {
       check_cap();
       return;
     }
-    k_proxy_ = take(p_.batch * ceil_div(p_.kv_len, p_.stride) * proxy_bytes());
-    budgets_ = take(p_.batch * p_.q_heads * int64_t{sizeof(int32_t)});
-    shares_ = take(coverage() ? p_.batch * p_.q_heads * int64_t{sizeof(double)} : 0);
+    k_proxy_ = take(p_.batch * ceil_div(p_.kv_len, p_.stride) * key_proxy_bytes());
+    // Budgets or shares: both take as much.
+    static_assert(sizeof(int32_t) == sizeof(float));
+    needs_ = take(p_.shares == nullptr ? p_.batch * p_.q_heads * int64_t{sizeof(float)} : 0);
     const int64_t fixed_bytes = total_bytes_;
     if (p_.max_workspace_bytes == INT64_MAX) {
       rows_per_step_ = kDefaultRowsBytes / max_of<int64_t>(1, row_bytes());
@@ -106,8 +117,10 @@ class Pipeline {
     check_cap();
   }
 
+  int64_t key_proxy_heads() const { return min_of(p_.proxy_heads, p_.kv_heads); }
   // Of all proxy heads of a sampled token.
   int64_t proxy_bytes() const { return p_.proxy_heads * p_.head_dim * element_bytes(); }
+  int64_t key_proxy_bytes() const { return key_proxy_heads() * p_.head_dim * element_bytes(); }
   int64_t element_bytes() const { return p_.dtype == DType::kFloat32 ? 4 : 2; }
   int64_t block_queries() const { return p_.q_block / p_.stride; }  // sampled, of a query block
   // Sampled queries of a step.
@@ -118,7 +131,7 @@ class Pipeline {
   // Scores, lists and proxies of one query block, over all batches and heads.
   int64_t row_bytes() const {
     const int64_t lists = p_.batch * p_.proxy_heads * grid_.num_kv_blocks();
-    return lists * int64_t{coverage() ? 12 : 8} +
+    return lists * int64_t{top_p() ? 12 : 8} +
            p_.batch * (p_.q_heads * int64_t{sizeof(int32_t)} + block_queries() * proxy_bytes());
   }
 
@@ -127,26 +140,31 @@ class Pipeline {
     const int64_t cells = p_.batch * p_.proxy_heads * rows * grid_.num_kv_blocks();
     q_proxy_ = take((p_.batch * step_queries() + kSpareQueries) * proxy_bytes());
     peak_ = take(cells * int64_t{sizeof(float)});
-    mass_ = take(coverage() ? cells * int64_t{sizeof(float)} : 0);
-    indices_ = take(cells * int64_t{sizeof(int32_t)});
-    counts_ = take(p_.batch * p_.q_heads * rows * int64_t{sizeof(int32_t)});
+    mass_ = take(top_p() ? cells * int64_t{sizeof(float)} : 0);
+    indices_ = take(kAttends ? cells * int64_t{sizeof(int32_t)} : 0);
+    counts_ = take(kAttends ? p_.batch * p_.q_heads * rows * int64_t{sizeof(int32_t)} : 0);
     // The stages run one after another and share their scratch.
     const BlockRange step{grid_.num_q_blocks() - rows, grid_.num_q_blocks()};
-    stage_ = take(max_of(max_of(Stages::score_workspace(score_params(step)),
-                                Stages::budget_workspace(budget_params())),
-                         Stages::attention_workspace(attention_params(step))));
+    int64_t bytes = Stages::score_workspace(score_params(step));
+    if (p_.shares == nullptr) bytes = max_of(bytes, Stages::needs_workspace(need_params()));
+    if (kAttends) bytes = max_of(bytes, Stages::attention_workspace(attention_params(step)));
+    stage_ = take(bytes);
   }
 
   void check_cap() const {
-    PROXYATTN_CHECK(total_bytes_ <= p_.max_workspace_bytes,
-                    "proxy_attention: max_workspace_bytes must be at least ", total_bytes_,
+    PROXYATTN_CHECK(total_bytes_ <= p_.max_workspace_bytes, kOp,
+                    ": max_workspace_bytes must be at least ", total_bytes_,
                     ", got max_workspace_bytes=", p_.max_workspace_bytes);
   }
 
   // `tokens` counts the sampled ones of a batch entry.
-  TokenStrides proxy_strides(int64_t tokens) const {
-    const int64_t token = p_.proxy_heads * p_.head_dim;
+  TokenStrides proxy_strides(int64_t tokens, int64_t heads) const {
+    const int64_t token = heads * p_.head_dim;
     return {tokens * token, token, p_.head_dim};
+  }
+  TokenStrides q_proxy_strides() const { return proxy_strides(step_queries(), p_.proxy_heads); }
+  TokenStrides k_proxy_strides() const {
+    return proxy_strides(ceil_div(p_.kv_len, p_.stride), key_proxy_heads());
   }
   // Where the proxy of query 0 would lie if that of `rows`' first query lies where it does.
   const void* first_query_proxy(const BlockRange& rows) const {
@@ -157,7 +175,7 @@ class Pipeline {
 
   PoolParams pool_params(const BlockRange& rows) const;
   ScoreParams score_params(const BlockRange& rows) const;
-  BudgetParams budget_params() const;
+  NeedParams need_params() const;
   SelectParams select_params(const BlockRange& rows) const;
   AttentionParams attention_params(const BlockRange& rows) const;
   int64_t stage_bytes() const { return total_bytes_ - stage_; }
@@ -167,12 +185,12 @@ class Pipeline {
   bool dense_ = false;
   int64_t rows_per_step_ = 0;
   int64_t total_bytes_ = 0;
-  int64_t q_proxy_ = 0, k_proxy_ = 0, budgets_ = 0, shares_ = 0;
+  int64_t q_proxy_ = 0, k_proxy_ = 0, needs_ = 0;
   int64_t peak_ = 0, mass_ = 0, indices_ = 0, counts_ = 0, stage_ = 0;
 };
 
-template <typename Stages>
-PoolParams Pipeline<Stages>::pool_params(const BlockRange& rows) const {
+template <typename Stages, PipelineJob kJob>
+PoolParams Pipeline<Stages, kJob>::pool_params(const BlockRange& rows) const {
   PoolParams s{};
   const int64_t first_query = rows.begin * p_.q_block;
   s.batch = p_.batch;
@@ -186,49 +204,52 @@ PoolParams Pipeline<Stages>::pool_params(const BlockRange& rows) const {
   s.stride = p_.stride;
   s.q_strides = p_.q_strides;
   s.k_strides = p_.k_strides;
-  s.q_proxy_strides = proxy_strides(step_queries());
-  s.k_proxy_strides = proxy_strides(ceil_div(p_.kv_len, p_.stride));
+  s.q_proxy_strides = q_proxy_strides();
+  s.k_proxy_strides = k_proxy_strides();
   s.q = static_cast<const std::byte*>(p_.q) + first_query * p_.q_strides.token * element_bytes();
   s.k = p_.k;
   s.q_proxy = at<void>(q_proxy_);
   s.k_proxy = at<void>(k_proxy_);
+  s.pooling = p_.pooling;
   s.dtype = p_.dtype;
   return s;
 }
 
-template <typename Stages>
-ScoreParams Pipeline<Stages>::score_params(const BlockRange& rows) const {
+template <typename Stages, PipelineJob kJob>
+ScoreParams Pipeline<Stages, kJob>::score_params(const BlockRange& rows) const {
   ScoreParams s{};
   s.batch = p_.batch;
   s.q_len = p_.q_len;
   s.kv_len = p_.kv_len;
   s.proxy_heads = p_.proxy_heads;
+  s.key_proxy_heads = key_proxy_heads();
   s.head_dim = p_.head_dim;
   s.stride = p_.stride;
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
   s.rows = rows;
-  s.q_proxy_strides = proxy_strides(step_queries());
-  s.k_proxy_strides = proxy_strides(ceil_div(p_.kv_len, p_.stride));
+  s.q_proxy_strides = q_proxy_strides();
+  s.k_proxy_strides = k_proxy_strides();
   s.q_proxy = first_query_proxy(rows);
   s.k_proxy = at<void>(k_proxy_);
   s.peak = at<float>(peak_);
-  s.mass = coverage() ? at<float>(mass_) : nullptr;
+  s.mass = top_p() ? at<float>(mass_) : nullptr;
   s.workspace = at<void>(stage_);
   s.workspace_bytes = stage_bytes();
   s.scale = p_.scale;
   s.causal = p_.causal;
   s.dtype = p_.dtype;
-  // Coverage makes its budgets of the scores.
-  s.budgets = coverage() ? nullptr : at<int32_t>(budgets_);
+  // Rows that the budgets alone decide: not where lists are the result, nor with top_p, where
+  // counts come from the scores.
+  s.budgets = kAttends && !top_p() ? at<int32_t>(needs_) : nullptr;
   s.q_heads = p_.q_heads;
   return s;
 }
 
-template <typename Stages>
-BudgetParams Pipeline<Stages>::budget_params() const {
-  BudgetParams s{};
+template <typename Stages, PipelineJob kJob>
+NeedParams Pipeline<Stages, kJob>::need_params() const {
+  NeedParams s{};
   s.batch = p_.batch;
   s.q_len = p_.q_len;
   s.kv_len = p_.kv_len;
@@ -238,22 +259,26 @@ BudgetParams Pipeline<Stages>::budget_params() const {
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
+  s.num_sink_blocks = p_.num_sink_blocks;
+  s.num_local_blocks = p_.num_local_blocks;
   s.q_strides = p_.q_strides;
   s.k_strides = p_.k_strides;
   s.q = p_.q;
   s.k = p_.k;
-  s.budgets = at<int32_t>(budgets_);
+  s.budgets = top_p() ? nullptr : at<int32_t>(needs_);
+  s.shares = top_p() ? at<float>(needs_) : nullptr;
   s.workspace = at<void>(stage_);
   s.workspace_bytes = stage_bytes();
   s.gamma = p_.gamma;
   s.scale = p_.scale;
+  s.mode = p_.budget_mode;
   s.causal = p_.causal;
   s.dtype = p_.dtype;
   return s;
 }
 
-template <typename Stages>
-SelectParams Pipeline<Stages>::select_params(const BlockRange& rows) const {
+template <typename Stages, PipelineJob kJob>
+SelectParams Pipeline<Stages, kJob>::select_params(const BlockRange& rows) const {
   SelectParams s{};
   s.batch = p_.batch;
   s.q_len = p_.q_len;
@@ -267,20 +292,22 @@ SelectParams Pipeline<Stages>::select_params(const BlockRange& rows) const {
   s.num_sink_blocks = p_.num_sink_blocks;
   s.num_local_blocks = p_.num_local_blocks;
   s.rows = rows;
+  s.list_rows = kAttends ? rows : BlockRange{0, grid_.num_q_blocks()};
   s.peak = at<float>(peak_);
-  s.mass = coverage() ? at<float>(mass_) : nullptr;
-  s.budgets = at<int32_t>(budgets_);
-  s.indices = at<int32_t>(indices_);
-  s.counts = at<int32_t>(counts_);
-  s.shares = coverage() ? at<double>(shares_) : nullptr;
+  s.mass = top_p() ? at<float>(mass_) : nullptr;
+  s.budgets = top_p() ? nullptr : at<int32_t>(needs_);
+  if (top_p()) s.shares = p_.shares != nullptr ? p_.shares : at<float>(needs_);
+  s.indices = kAttends ? at<int32_t>(indices_) : p_.indices;
+  s.counts = kAttends ? at<int32_t>(counts_) : p_.counts;
+  s.gamma = p_.gamma;
   s.budget_mode = p_.budget_mode;
   s.causal = p_.causal;
-  s.only_prefixes = !coverage();  // which finds its prefixes by rank
+  s.only_prefixes = kAttends;
   return s;
 }
 
-template <typename Stages>
-AttentionParams Pipeline<Stages>::attention_params(const BlockRange& rows) const {
+template <typename Stages, PipelineJob kJob>
+AttentionParams Pipeline<Stages, kJob>::attention_params(const BlockRange& rows) const {
   AttentionParams s{};
   s.batch = p_.batch;
   s.q_len = p_.q_len;

@@ -45,10 +45,14 @@ void check_heads(const char* op, int64_t q_heads, int64_t kv_heads) {
                   ": kv_heads must divide q_heads, got q_heads=", q_heads, ", kv_heads=", kv_heads);
 }
 
-void check_proxy_heads(const char* op, int64_t proxy_heads, int64_t kv_heads) {
-  PROXYATTN_CHECK(proxy_heads >= 1 && kv_heads % proxy_heads == 0, op,
-                  ": num_proxy_heads must divide kv_heads, got num_proxy_heads=", proxy_heads,
-                  ", kv_heads=", kv_heads);
+void check_proxy_heads(const char* op, int64_t proxy_heads, int64_t q_heads, int64_t kv_heads) {
+  const bool divides = proxy_heads >= 1 && kv_heads % proxy_heads == 0;
+  const bool multiple =
+      proxy_heads >= 1 && proxy_heads % kv_heads == 0 && q_heads % proxy_heads == 0;
+  PROXYATTN_CHECK(divides || multiple, op,
+                  ": num_proxy_heads must divide kv_heads or be a multiple of it that divides "
+                  "q_heads, got num_proxy_heads=",
+                  proxy_heads, ", kv_heads=", kv_heads, ", q_heads=", q_heads);
 }
 
 void check_head_dim(const char* op, int64_t head_dim) {
@@ -82,12 +86,12 @@ void check_rows(const char* op, const BlockRange& rows, int64_t q_len, int64_t q
                   rows.begin, ", ", rows.end, ")");
 }
 
-void check_selection(const char* op,
-                     int64_t min_budget,
-                     int64_t num_sink_blocks,
-                     int64_t num_local_blocks) {
+void check_min_budget(const char* op, int64_t min_budget) {
   PROXYATTN_CHECK(min_budget >= 0, op,
                   ": min_budget must be at least 0, got min_budget=", min_budget);
+}
+
+void check_forced(const char* op, int64_t num_sink_blocks, int64_t num_local_blocks) {
   PROXYATTN_CHECK(num_sink_blocks >= 0, op,
                   ": num_sink_blocks must be at least 0, got num_sink_blocks=", num_sink_blocks);
   PROXYATTN_CHECK(num_local_blocks >= 0, op,
@@ -99,7 +103,7 @@ void check_selection(const char* op,
 void validate_pool(const PoolParams& p, const char* op) {
   check_lengths(op, p.batch, p.q_len, p.kv_len, /*causal=*/false);
   check_heads(op, p.q_heads, p.kv_heads);
-  check_proxy_heads(op, p.proxy_heads, p.kv_heads);
+  check_proxy_heads(op, p.proxy_heads, p.q_heads, p.kv_heads);
   check_head_dim(op, p.head_dim);
   check_stride(op, p.stride);
 }
@@ -108,6 +112,9 @@ void validate_score(const ScoreParams& p, const char* op) {
   check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
   PROXYATTN_CHECK(p.proxy_heads >= 1, op,
                   ": num_proxy_heads must be at least 1, got num_proxy_heads=", p.proxy_heads);
+  PROXYATTN_CHECK(p.key_proxy_heads >= 1 && p.proxy_heads % p.key_proxy_heads == 0, op,
+                  ": k_proxy must have heads that divide those of q_proxy, got k_proxy.size(2)=",
+                  p.key_proxy_heads, ", q_proxy.size(2)=", p.proxy_heads);
   check_head_dim(op, p.head_dim);
   check_stride(op, p.stride);
   check_block_size(op, p.q_block);
@@ -116,14 +123,23 @@ void validate_score(const ScoreParams& p, const char* op) {
   check_rows(op, p.rows, p.q_len, p.q_block);
 }
 
-void validate_budget(const BudgetParams& p, const char* op) {
+const char* needs_op(const NeedParams& p) {
+  return p.mode == BudgetMode::kLastBlock ? "estimate_budgets" : "estimate_shares";
+}
+
+void validate_needs(const NeedParams& p) {
+  const char* op = needs_op(p);
   check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
   check_heads(op, p.q_heads, p.kv_heads);
   check_head_dim(op, p.head_dim);
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
-  check_gamma(op, p.gamma);
+  if (p.mode == BudgetMode::kLastBlock) {
+    check_gamma(op, p.gamma);
+  } else {
+    check_forced(op, p.num_sink_blocks, p.num_local_blocks);
+  }
 }
 
 void validate_select(const SelectParams& p, const char* op) {
@@ -133,10 +149,14 @@ void validate_select(const SelectParams& p, const char* op) {
                   ", q_heads=", p.q_heads);
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
-  check_selection(op, p.min_budget, p.num_sink_blocks, p.num_local_blocks);
+  check_gamma(op, p.gamma);
+  check_min_budget(op, p.min_budget);
+  check_forced(op, p.num_sink_blocks, p.num_local_blocks);
+  check_rows(op, p.list_rows, p.q_len, p.q_block);
   check_rows(op, p.rows, p.q_len, p.q_block);
-  PROXYATTN_CHECK(!p.only_prefixes || p.budget_mode == BudgetMode::kLastBlock, op,
-                  ": only_prefixes must be false with budget_mode=\"coverage\", got true");
+  PROXYATTN_CHECK(p.list_rows.begin <= p.rows.begin && p.rows.end <= p.list_rows.end, op,
+                  ": rows must lie in list_rows, got [", p.rows.begin, ", ", p.rows.end, ") and [",
+                  p.list_rows.begin, ", ", p.list_rows.end, ")");
 }
 
 void validate_attention(const AttentionParams& p, const char* op) {
@@ -159,14 +179,17 @@ void validate_attention(const AttentionParams& p, const char* op) {
 void validate_pipeline(const PipelineParams& p, const char* op) {
   check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
   check_heads(op, p.q_heads, p.kv_heads);
-  check_proxy_heads(op, p.proxy_heads, p.kv_heads);
+  check_proxy_heads(op, p.proxy_heads, p.q_heads, p.kv_heads);
   check_head_dim(op, p.head_dim);
   check_stride(op, p.stride);
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
   check_gamma(op, p.gamma);
-  check_selection(op, p.min_budget, p.num_sink_blocks, p.num_local_blocks);
+  check_min_budget(op, p.min_budget);
+  check_forced(op, p.num_sink_blocks, p.num_local_blocks);
+  PROXYATTN_CHECK(p.shares == nullptr || p.budget_mode == BudgetMode::kTopP, op,
+                  ": shares must be None with budget_mode=\"last_block\", got a tensor");
 }
 
 void validate_workspace(const char* op, const void* workspace, int64_t got, int64_t needed) {

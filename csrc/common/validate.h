@@ -3,7 +3,7 @@
 #pragma once
 
 #include "proxyattn/attention.h"
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 #include "proxyattn/pipeline.h"
 #include "proxyattn/pool.h"
 #include "proxyattn/score.h"
@@ -13,7 +13,8 @@ namespace proxyattn {
 
 void validate_pool(const PoolParams& params, const char* op = "pool_heads");
 void validate_score(const ScoreParams& params, const char* op = "score_blocks");
-void validate_budget(const BudgetParams& params, const char* op = "estimate_budgets");
+void validate_needs(const NeedParams& params);
+const char* needs_op(const NeedParams& params);  // the op that estimates what these ask for
 void validate_select(const SelectParams& params, const char* op = "select_blocks");
 void validate_attention(const AttentionParams& params, const char* op = "block_sparse_attention");
 void validate_pipeline(const PipelineParams& params, const char* op = "proxy_attention");

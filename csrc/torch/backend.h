@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "proxyattn/attention.h"
-#include "proxyattn/budget.h"
+#include "proxyattn/needs.h"
 #include "proxyattn/pipeline.h"
 #include "proxyattn/pool.h"
 #include "proxyattn/score.h"
@@ -19,11 +19,13 @@ struct Backend {
   void (*pool_heads)(const PoolParams&, Stream);
   int64_t (*score_blocks_workspace_bytes)(const ScoreParams&);
   void (*score_blocks)(const ScoreParams&, Stream);
-  int64_t (*estimate_budgets_workspace_bytes)(const BudgetParams&);
-  void (*estimate_budgets)(const BudgetParams&, Stream);
+  int64_t (*estimate_needs_workspace_bytes)(const NeedParams&);
+  void (*estimate_needs)(const NeedParams&, Stream);
   void (*select_blocks)(const SelectParams&, Stream);
   int64_t (*block_sparse_attention_workspace_bytes)(const AttentionParams&);
   void (*block_sparse_attention)(const AttentionParams&, Stream);
+  int64_t (*choose_blocks_workspace_bytes)(const PipelineParams&);
+  void (*choose_blocks)(const PipelineParams&, Stream);
   int64_t (*proxy_attention_workspace_bytes)(const PipelineParams&);
   void (*proxy_attention)(const PipelineParams&, Stream);
 };

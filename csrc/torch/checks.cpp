@@ -92,6 +92,18 @@ void check_same(const char* op,
                    ", got ", name_of(tensor.scalar_type()));
 }
 
+void check_input(const char* op,
+                 const char* name,
+                 const at::Tensor& tensor,
+                 at::ScalarType dtype,
+                 std::initializer_list<int64_t> expected,
+                 const char* other_name,
+                 const at::Tensor& other) {
+  check_dtype(op, name, tensor, dtype);
+  check_device(op, name, tensor, other_name, other);
+  check_shape(op, name, tensor, expected);
+}
+
 void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor) {
   check_rank(op, name, tensor, 4);
   const at::ScalarType type = tensor.scalar_type();
@@ -109,15 +121,19 @@ void check_heads_tensor(const char* op, const char* name, const at::Tensor& tens
                     tensor.strides());
 }
 
-void check_qkv(
-    const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k, bool causal) {
   check_heads_tensor(op, "q", q);
   check_heads_tensor(op, "k", k);
-  check_heads_tensor(op, "v", v);
   check_same(op, "k", k, "q", q);
-  check_same(op, "v", v, "q", q);
   check_shape(op, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
   check_layout(op, q, k, causal);
+}
+
+void check_qkv(
+    const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+  check_qk(op, q, k, causal);
+  check_heads_tensor(op, "v", v);
+  check_same(op, "v", v, "q", q);
   TORCH_CHECK_VALUE(v.sizes() == k.sizes() || v.sizes() != k.transpose(1, 2).sizes(), op,
                     ": v must have the layout of k, [batch, tokens, heads, head_dim], got shape ",
                     v.sizes(), " with k of shape ", k.sizes());
@@ -139,11 +155,17 @@ TokenStrides strides_of(const at::Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+Pooling pooling_of(const char* op, std::string_view name) {
+  if (name == "mean") return Pooling::kMean;
+  TORCH_CHECK_VALUE(name == "first", op, ": pooling must be 'mean' or 'first', got '", name, "'");
+  return Pooling::kFirst;
+}
+
 BudgetMode budget_mode_of(const char* op, std::string_view name) {
-  if (name == "last_block") return BudgetMode::kLastBlock;
-  TORCH_CHECK_VALUE(name == "coverage", op,
-                    ": budget_mode must be 'last_block' or 'coverage', got '", name, "'");
-  return BudgetMode::kCoverage;
+  if (name == "top_p") return BudgetMode::kTopP;
+  TORCH_CHECK_VALUE(name == "last_block", op,
+                    ": budget_mode must be 'top_p' or 'last_block', got '", name, "'");
+  return BudgetMode::kLastBlock;
 }
 
 float scale_or_default(std::optional<double> scale, int64_t head_dim) {

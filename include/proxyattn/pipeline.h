@@ -1,4 +1,5 @@
-// proxy_attention: the five stages in one call, its scratch carved from one workspace.
+// proxy_attention: the five stages in one call, its scratch carved from one workspace. choose_blocks
+// is the same but for the last stage.
 #pragma once
 
 #include <cstdint>
@@ -28,17 +29,25 @@ struct PipelineParams {
   TokenStrides v_strides;
   TokenStrides out_strides;
 
-  const void* q;    // [batch, q_len, q_heads, head_dim]
-  const void* k;    // [batch, kv_len, kv_heads, head_dim]
-  const void* v;    // [batch, kv_len, kv_heads, head_dim]
-  void* out;        // [batch, q_len, q_heads, head_dim]
-  float* lse;       // [batch, q_heads, q_len], natural log; null: not wanted
-  void* workspace;  // proxy_attention_workspace_bytes(params) bytes; null when that is 0
+  const void* q;        // [batch, q_len, q_heads, head_dim]
+  const void* k;        // [batch, kv_len, kv_heads, head_dim]
+  const float* shares;  // [batch, q_heads], what estimate_shares gives; null: estimated if needed
+  void* workspace;      // <op>_workspace_bytes(params) bytes; null when that is 0
+
+  // proxy_attention
+  const void* v;  // [batch, kv_len, kv_heads, head_dim]
+  void* out;      // [batch, q_len, q_heads, head_dim]
+  float* lse;     // [batch, q_heads, q_len], natural log; null: not wanted
+
+  // choose_blocks
+  int32_t* indices;  // [batch, proxy_heads, query blocks, key blocks], -1 past visible
+  int32_t* counts;   // [batch, q_heads, query blocks]
 
   int64_t workspace_bytes;
   int64_t max_workspace_bytes;  // cap on workspace_bytes; INT64_MAX: none
   double gamma;
   float scale;
+  Pooling pooling;
   BudgetMode budget_mode;
   bool causal;
   DType dtype;
@@ -47,10 +56,14 @@ struct PipelineParams {
 namespace cpu {
 int64_t proxy_attention_workspace_bytes(const PipelineParams& params);
 void proxy_attention(const PipelineParams& params);
+int64_t choose_blocks_workspace_bytes(const PipelineParams& params);
+void choose_blocks(const PipelineParams& params);
 }  // namespace cpu
 namespace cuda {
 int64_t proxy_attention_workspace_bytes(const PipelineParams& params);
 void proxy_attention(const PipelineParams& params, Stream stream);
+int64_t choose_blocks_workspace_bytes(const PipelineParams& params);
+void choose_blocks(const PipelineParams& params, Stream stream);
 }  // namespace cuda
 
 }  // namespace proxyattn

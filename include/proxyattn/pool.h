@@ -1,4 +1,5 @@
-// Stage 1, pool_heads: the proxy heads, means of a group's heads at every stride-th token.
+// Stage 1, pool_heads: the proxy heads, means of a group's heads over windows of tokens or at the
+// first token of each.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,9 @@ struct PoolParams {
   int64_t kv_len;
   int64_t q_heads;
   int64_t kv_heads;
-  int64_t proxy_heads;
+  int64_t proxy_heads;  // divides kv_heads, or is a multiple of it that divides q_heads
   int64_t head_dim;
-  int64_t stride;  // one token of each window of this many is kept: the first
+  int64_t stride;  // tokens of a window; the last one may be short
 
   TokenStrides q_strides;
   TokenStrides k_strides;
@@ -25,9 +26,13 @@ struct PoolParams {
   const void* q;  // [batch, q_len, q_heads, head_dim]
   const void* k;  // [batch, kv_len, kv_heads, head_dim]
   void* q_proxy;  // [batch, ceil(q_len / stride), proxy_heads, head_dim]
-  void* k_proxy;  // [batch, ceil(kv_len / stride), proxy_heads, head_dim]
+  void* k_proxy;  // [batch, ceil(kv_len / stride), key_proxy_heads(), head_dim]
 
+  Pooling pooling;
   DType dtype;
+
+  // Several proxies may read one kv head: there are no copies of it.
+  int64_t key_proxy_heads() const { return proxy_heads < kv_heads ? proxy_heads : kv_heads; }
 };
 
 namespace cpu {

@@ -12,6 +12,7 @@ struct ScoreParams {
   int64_t q_len;   // tokens before sampling
   int64_t kv_len;  // tokens before sampling
   int64_t proxy_heads;
+  int64_t key_proxy_heads;  // proxy c reads key proxy c * key_proxy_heads / proxy_heads
   int64_t head_dim;
   int64_t stride;
   int64_t q_block;
@@ -23,7 +24,7 @@ struct ScoreParams {
   TokenStrides k_proxy_strides;
 
   const void* q_proxy;  // [batch, ceil(q_len / stride), proxy_heads, head_dim]
-  const void* k_proxy;  // [batch, ceil(kv_len / stride), proxy_heads, head_dim]
+  const void* k_proxy;  // [batch, ceil(kv_len / stride), key_proxy_heads, head_dim]
   float* peak;          // [batch, proxy_heads, rows, ceil(kv_len / kv_block)], contiguous
   float* mass;          // same shape; null: not wanted
   void* workspace;      // score_blocks_workspace_bytes(params) bytes; null when that is 0

@@ -1,4 +1,4 @@
-// Stage 4, select_blocks: one ranking per proxy group and query block, one prefix length per head.
+// Stage 4, select_blocks: one ranking per proxy and query block, one prefix length per head.
 #pragma once
 
 #include <cstdint>
@@ -19,23 +19,23 @@ struct SelectParams {
   int64_t min_budget;  // tokens
   int64_t num_sink_blocks;
   int64_t num_local_blocks;
-  BlockRange rows;  // query blocks to select for
+  BlockRange rows;       // query blocks to select for, and those that peak and mass hold
+  BlockRange list_rows;  // query blocks that indices and counts hold; includes `rows`
 
   const float* peak;       // [batch, proxy_heads, rows, ceil(kv_len / kv_block)]
-  const float* mass;       // same shape; null unless budget_mode is kCoverage
-  const int32_t* budgets;  // [batch, q_heads]
-  int32_t* indices;        // [batch, proxy_heads, rows, ceil(kv_len / kv_block)], -1 past visible
-  int32_t* counts;         // [batch, q_heads, rows]
-  double* shares;  // [batch, q_heads] share of the last row's mass to cover; null unless kCoverage.
-                   // Written when `rows` holds the last query block, read otherwise.
+  const float* mass;       // same shape; null unless budget_mode is kTopP
+  const int32_t* budgets;  // [batch, q_heads]; null unless kLastBlock
+  const float* shares;     // [batch, q_heads]; null unless kTopP
+  int32_t* indices;  // [batch, proxy_heads, list_rows, ceil(kv_len / kv_block)], -1 past visible
+  int32_t* counts;   // [batch, q_heads, list_rows]
 
+  double gamma;  // kTopP: share of its attention that a head keeps
   BudgetMode budget_mode;
   bool causal;
 
   // Whether a ranking need only be in order as far as prefixes that heads read end in it; behind
   // the longest of those, one to the end of the list not counted, the blocks may stand in any
-  // order. Where no place need be in order the row's peaks are not read. Not with coverage, which
-  // finds its prefixes in the ranking.
+  // order. Where no place need be in order the row's peaks are not read.
   bool only_prefixes = false;
 };
 

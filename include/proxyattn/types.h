@@ -11,7 +11,12 @@ using Stream = CUstream_st*;  // a cudaStream_t, declared without the CUDA heade
 
 enum class DType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-enum class BudgetMode : int32_t { kLastBlock, kCoverage };
+// How the block counts of a head follow from the ranking: the same number in every query block, or
+// as many as hold what the head needs of the proxy's attention there.
+enum class BudgetMode : int32_t { kLastBlock, kTopP };
+
+// What stands for a window of `stride` tokens: the first of them, or their mean.
+enum class Pooling : int32_t { kFirst, kMean };
 
 // Distances, in elements, between neighbours of a [batch, token, head, head_dim] tensor whose
 // last dimension is contiguous.

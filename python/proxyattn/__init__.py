@@ -1,7 +1,7 @@
 """Training-free sparse prefill attention for long-context language models.
 
 ``proxy_attention(q, k, v)`` is the whole method; the functions beside it are its stages. All of
-them are also ops, ``torch.ops.proxyattn.*``.
+them are also ops, ``torch.ops.proxyattn.*``. ``Settings`` holds the arguments that choose blocks.
 """
 
 import torch  # before the extension, which links against the libraries that it loads
@@ -18,19 +18,25 @@ from proxyattn._config import show_config, supported_configs
 from proxyattn.ops import (
     block_sparse_attention,
     check_block_lists,
+    choose_blocks,
     estimate_budgets,
+    estimate_shares,
     pool_heads,
     proxy_attention,
     score_blocks,
     select_blocks,
 )
+from proxyattn.settings import Settings
 
 __version__ = _C.version
 
 __all__ = [
+    "Settings",
     "block_sparse_attention",
     "check_block_lists",
+    "choose_blocks",
     "estimate_budgets",
+    "estimate_shares",
     "pool_heads",
     "proxy_attention",
     "score_blocks",

@@ -1,60 +1,56 @@
 """``python -m proxyattn``: sparse prefill attention against dense, measured on this machine."""
 
 import argparse
+import json
+import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
 
-from proxyattn._layer_run import LayerShape, layer_report, run_layer
-from proxyattn._model_run import ModelError, model_report, run_model
-from proxyattn._plot import PlotError, plot_layer, require_matplotlib
-from proxyattn._stages import Settings
+from proxyattn._layer_report import layer_report
+from proxyattn._layer_run import LayerShape, run_layer
+from proxyattn._model import ModelError, first_line, is_out_of_memory
+from proxyattn._model_run import model_report, run_model
+from proxyattn._options import (
+    DTYPES,
+    LAYER_DEFAULTS,
+    MODEL_LENGTH,
+    PRESETS,
+    PROGRAM,
+    main_parser,
+    tune_parser,
+)
+from proxyattn._plot import PlotError, check_plot, plot_layer, plot_model
+from proxyattn._report import why_not_writable
+from proxyattn._tune import Sweep, tune, tune_report
+from proxyattn.settings import Settings
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What a run without options takes: a long prompt of an 8B model on a GPU, seconds on a CPU.
-GPU_DEFAULTS = {"length": 131072, "heads": 32, "kv_heads": 8, "dtype": "bfloat16", "repeats": 10}
-CPU_DEFAULTS = {"length": 8192, "heads": 8, "kv_heads": 2, "dtype": "float32", "repeats": 3}
-MODEL_LENGTH = {"cuda": 32768, "cpu": 8192}
-MIN_LENGTH = 1024  # room for the needles and their questions
+MIN_LENGTH = 1024  # of a made-up layer: room for the needles and their questions
+INTERRUPTED = 130  # the exit code of a shell's command that Ctrl-C ended
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+# ---- options to values
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m proxyattn",
-        description="Runs sparse prefill attention on a made-up layer, or inside a model with "
-        "--model, and compares it with exact and with dense attention.",
-    )
-    layer = parser.add_argument_group("layer")
-    layer.add_argument("--length", type=int, help="tokens of the prompt")
-    layer.add_argument("--heads", type=int, help="query heads")
-    layer.add_argument("--kv-heads", type=int, help="key/value heads")
-    layer.add_argument("--head-dim", type=int, default=128, help="64, 128 or 256")
-    layer.add_argument("--dtype", choices=sorted(DTYPES))
-    layer.add_argument("--device", help="cuda, cuda:1, cpu; the GPU if there is one")
-    layer.add_argument("--seed", type=int, default=0)
-    layer.add_argument("--repeats", type=int, help="timed runs; medians are shown")
-    layer.add_argument("--plot", metavar="FILE.png", help="draw what a few heads read")
+def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
+    names = [field.name for field in fields(Settings)]
+    given = {name: getattr(options, name, None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = replace(PRESETS[options.preset], **given)
+    try:
+        settings.check()
+    except ValueError as error:
+        parser.error(first_line(error))
+    return settings
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", type=Path, metavar="DIR", help="Llama or Qwen in HF format")
-    model.add_argument("--text", type=Path, metavar="FILE", help="text for the model to read")
 
-    sparse = parser.add_argument_group("sparse attention")
-    sparse.add_argument("--gamma", type=float, default=Settings.gamma, help="attention to keep")
-    sparse.add_argument("--stride", type=int, default=Settings.stride, help="1, 2, 4 or 8")
-    sparse.add_argument("--block-size", type=int, default=Settings.block_size, help="64 or 128")
-    sparse.add_argument("--proxy-heads", type=int, help="rankings; divides --kv-heads")
-    sparse.add_argument(
-        "--budget-mode", choices=("last_block", "coverage"), default=Settings.budget_mode
-    )
-    sparse.add_argument("--min-budget", type=int, help="tokens every head reads at least")
-    return parser
+def _to_compare(settings: Settings) -> dict[str, Settings]:
+    """The settings under their name, first, and the presets."""
+    # Any heads will do: those that are left open stand for the same in both.
+    same = [n for n, preset in PRESETS.items() if preset.resolve(1, 1) == settings.resolve(1, 1)]
+    return {(same or ["as given"])[0]: settings} | PRESETS
 
 
 def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
@@ -75,34 +71,27 @@ def _device(parser: argparse.ArgumentParser, name: str | None) -> torch.device:
     return device
 
 
-def _settings(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
-    settings = Settings(
-        gamma=options.gamma,
-        stride=options.stride,
-        block_size=options.block_size,
-        num_proxy_heads=options.proxy_heads,
-        budget_mode=options.budget_mode,
-        min_budget=options.min_budget,
-    )
-    try:
-        settings.check()
-    except ValueError as error:
-        parser.error(_first_line(error))
-    return settings
+def _model_dtype(options: argparse.Namespace, device: torch.device) -> torch.dtype | None:
+    if options.dtype:
+        return DTYPES[options.dtype]
+    return torch.float32 if device.type == "cpu" else None
+
+
+def _check_at_least(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, least: dict[str, int]
+) -> None:
+    for name, value in least.items():
+        given = getattr(options, name)
+        if given is not None and given < value:
+            option = name.replace("_", "-")
+            parser.error(f"argument --{option}: must be at least {value}, got {given}")
 
 
 def _layer_shape(
-    parser: argparse.ArgumentParser,
-    options: argparse.Namespace,
-    device: torch.device,
-    settings: Settings,
+    parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device
 ) -> LayerShape:
-    if options.length < MIN_LENGTH:
-        parser.error(f"argument --length: must be at least {MIN_LENGTH}, got {options.length}")
-    for name in ("heads", "kv_heads", "head_dim"):
-        if getattr(options, name) < 1:
-            option = name.replace("_", "-")
-            parser.error(f"argument --{option}: must be at least 1, got {getattr(options, name)}")
+    least = {"length": MIN_LENGTH, "heads": 1, "kv_heads": 1, "head_dim": 1, "repeats": 1}
+    _check_at_least(parser, options, least)
     shape = LayerShape(
         options.length,
         options.heads,
@@ -111,38 +100,56 @@ def _layer_shape(
         DTYPES[options.dtype],
         device,
     )
-    # The op's own rules about heads, head_dim and dtype, asked with tensors that hold nothing.
-    empty = {"dtype": shape.dtype, "device": device}
+    # Asked here, since a system that promises more memory than it has ends the process instead.
+    if shape.num_bytes > _memory(device):
+        parser.error(_out_of_memory(device))
+    return shape
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _out_of_memory(device: torch.device) -> str:
+    return f"out of memory on {device}; try a shorter --length"
+
+
+def _check_op(parser: argparse.ArgumentParser, shape: LayerShape, settings: Settings) -> None:
+    """The op's own rules about heads, head_dim and dtype, asked with tensors that hold nothing."""
+    empty = {"dtype": shape.dtype, "device": shape.device}
     q = torch.empty(0, 0, shape.heads, shape.head_dim, **empty)
     k = torch.empty(0, 0, shape.kv_heads, shape.head_dim, **empty)
     try:
         settings.attend(q, k, k)
     except (ValueError, TypeError, RuntimeError) as error:
-        parser.error(_first_line(error))
-    return shape
+        parser.error(first_line(error))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+# ---- the jobs
 
 
 def _run_layer(
     parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device
 ) -> None:
-    if options.text is not None:
-        parser.error("argument --text: needs --model DIR, the model that reads it")
-    defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
-    for name, value in defaults.items():
+    for name in ("text", "min_seqlen"):
+        if getattr(options, name) is not None:
+            option = name.replace("_", "-")
+            parser.error(f"argument --{option}: needs --model DIR, the model that reads")
+    for name, value in LAYER_DEFAULTS[device.type].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    settings = _settings(parser, options)
-    shape = _layer_shape(parser, options, device, settings)
+    settings = _to_compare(_settings(parser, options))
+    shape = _layer_shape(parser, options, device)
+    for setting in settings.values():
+        _check_op(parser, shape, setting)
     if options.plot:
-        require_matplotlib()  # before the work, not after it
+        check_plot(options.plot)
     result, layer, stages = run_layer(shape, settings, options.seed, options.repeats)
     print(layer_report(result))
     if options.plot:
-        plot_layer(layer, stages, settings, options.plot)
+        plot_layer(layer, stages, next(iter(settings.values())), options.plot)
         print(f"\ndrawn to {options.plot}")
 
 
@@ -151,36 +158,91 @@ def _run_model(
 ) -> None:
     if options.text is None:
         parser.error("argument --model: needs --text FILE, the text to read")
-    settings = _settings(parser, options)
-    dtype = DTYPES[options.dtype] if options.dtype else None
-    if dtype is None and device.type == "cpu":
-        dtype = torch.float32
+    _check_at_least(parser, options, {"length": 2, "repeats": 1, "min_seqlen": 1})
+    settings = _to_compare(_settings(parser, options))
+    if options.plot:
+        check_plot(options.plot)
     result = run_model(
         options.model,
         options.text,
         options.length or MODEL_LENGTH[device.type],
-        dtype,
+        _model_dtype(options, device),
         device,
         settings,
+        options.min_seqlen,
         options.repeats or 1,
     )
     print(model_report(result))
+    if options.plot:
+        plot_model(result, options.plot)
+        print(f"\ndrawn to {options.plot}")
+
+
+def _run_tune(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device
+) -> int:
+    _check_at_least(parser, options, {"length": 2, "repeats": 1})
+    base = _settings(parser, options)
+    sweep = Sweep(options.gammas, options.strides, options.proxies)
+    for settings in sweep.settings(base):
+        try:
+            settings.check()
+        except ValueError as error:
+            parser.error(first_line(error))
+    if options.json and (reason := why_not_writable(options.json)):
+        parser.error(f"argument --json: {options.json} can't be written: {reason}")
+    result = tune(
+        options.model,
+        options.text,
+        options.length or MODEL_LENGTH[device.type],
+        _model_dtype(options, device),
+        device,
+        base,
+        sweep,
+        options.max_loss,
+        options.repeats,
+    )
+    print(tune_report(result))
+    if result.best is None:
+        return 1
+    if options.json:
+        try:
+            options.json.write_text(json.dumps(result.best.settings.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            parser.error(f"argument --json: {options.json} can't be written: {error}")
+        print(f"\nwritten to {options.json}")
+    return 0
+
+
+Job = Callable[[argparse.ArgumentParser, argparse.Namespace, torch.device], int | None]
+
+
+def _run(parser: argparse.ArgumentParser, arguments: list[str], job: Job | None = None) -> int:
+    options = parser.parse_args(arguments)
+    device = _device(parser, options.device)
+    if job is None:
+        job = _run_layer if options.model is None else _run_model
+    try:
+        return job(parser, options, device) or 0
+    except (ModelError, PlotError) as error:
+        parser.error(str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        parser.error(_out_of_memory(device))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.repeats is not None and options.repeats < 1:
-        parser.error(f"argument --repeats: must be at least 1, got {options.repeats}")
-    device = _device(parser, options.device)
-    run = _run_layer if options.model is None else _run_model
+    """Runs the command; the exit code is 0, 1 where tuning finds nothing, 2 for an error, and 130
+    where Ctrl-C ended it."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run(parser, options, device)
-    except (ModelError, PlotError) as error:
-        parser.error(str(error))
-    except torch.OutOfMemoryError:
-        parser.error(f"out of memory on {device}; try a shorter --length")
-    return 0
+        if arguments[:1] == ["tune"]:
+            return _run(tune_parser(), arguments[1:], _run_tune)
+        return _run(main_parser(), arguments)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A made-up attention layer with the structure that real ones have, for the main job and tests.
 
-Logits are sums of known parts: a sink at the first tokens, neighbours, segments of the text that
-share a topic, planted needles, and noise. All heads look at the same places, more or less sharply,
-so that their budgets differ. A needle is a short run of keys that answers to one question only: a
-short run of queries in the last quarter of the prompt.
+Logits are sums of known parts: a sink at the first tokens, neighbours, segments of the text whose
+topics are more or less related, planted needles, and noise. All heads look at the same places, from
+narrow heads that rest on the sink and on their neighbours to wide ones that take in much of the
+text, so that they need different numbers of blocks. A needle is a short run of keys that answers to
+one question only: a short run of queries in the last quarter of the prompt.
 """
 
 import math
@@ -16,8 +17,15 @@ NUM_NEEDLES = 16
 NEEDLE_TOKENS = 8  # of a needle and of a question; at least the largest stride
 SINK_TOKENS = 4
 NUM_TOPICS = 64
+TOPIC_SIZE = 4  # dimensions of a topic: few, so that topics resemble each other more or less
 SEGMENT_TOKENS = (32, 256)  # shortest and longest stretch of one topic
 LOCAL_TOKENS = (16, 256)  # reach of the sharpest and of the widest neighbourhood feature
+# Logits that the narrowest and the widest head give to each part. A sink's are counted from where
+# it weighs as much as all other tokens together; a topic's are those of its own tokens.
+SINK_NATS = (3.0, -5.0)
+LOCAL_NATS = (3.5, 0.0)
+TOPIC_NATS = (7.0, 3.0)
+NOISE_NATS = (1.0, 0.5)
 KEY_SCALE = 8.0  # of key features; queries are scaled back, so that both stay small numbers
 
 
@@ -61,7 +69,7 @@ def make_layer(
     local = _local_features(length, part, random)
     directions = _unit(torch.randn(NUM_NEEDLES, part, generator=random, device=device))
     codes = torch.randn(NUM_NEEDLES, head_dim, generator=random, device=device)
-    base_topics = torch.randn(NUM_TOPICS, part, generator=random, device=device)
+    base_topics = _topic_directions(part, random)
 
     q = torch.empty(1, length, heads, head_dim, dtype=dtype, device=device)
     k = torch.empty(1, length, kv_heads, head_dim, dtype=dtype, device=device)
@@ -69,8 +77,7 @@ def make_layer(
     group = heads // kv_heads
     for kv_head in range(kv_heads):
         # Every kv head has a view of its own of the topics.
-        own = torch.randn(NUM_TOPICS, part, generator=random, device=device)
-        topic = _unit(base_topics + 0.5 * own)[topics]
+        topic = _unit(base_topics + 0.5 * _topic_directions(part, random))[topics]
         values = torch.randn(length, head_dim, generator=random, device=device)
         values[needles] = codes[:, None]
         v[0, :, kv_head] = values
@@ -96,17 +103,23 @@ def make_layer(
 
 
 def _strengths(length: int, heads: int, random: torch.Generator) -> _Strengths:
-    def between(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(heads, generator=random, device=random.device)
+    device = random.device
+    # How much of the text a head takes in, from 0 to 1: every degree of it, in shuffled order.
+    wide = torch.linspace(0.0, 1.0, heads, device=device)
+    wide = wide[torch.randperm(heads, generator=random, device=device)]
+
+    def about(narrowest: float, widest: float) -> Tensor:
+        spread = 0.1 * abs(widest - narrowest) * torch.randn(heads, generator=random, device=device)
+        return narrowest + (widest - narrowest) * wide + spread
 
     # A single token needs log(length) nats to weigh as much as all others together.
     total = math.log(length)
     return _Strengths(
-        sink=total + between(0.0, 5.0),
-        local=between(2.0, 6.0),
-        topic=between(3.0, 9.0),
-        needle=(total + 6.0) * between(0.8, 1.2),
-        noise=between(0.5, 1.5),
+        sink=total + about(*SINK_NATS),
+        local=about(*LOCAL_NATS),
+        topic=about(*TOPIC_NATS),
+        needle=(total + 6.0) * about(1.2, 0.9),
+        noise=about(*NOISE_NATS),
     )
 
 
@@ -117,6 +130,12 @@ def _topics(length: int, random: torch.Generator) -> Tensor:
     sizes = torch.randint(shortest, longest + 1, (count,), generator=random, device=random.device)
     topics = torch.randint(0, NUM_TOPICS, (count,), generator=random, device=random.device)
     return topics.repeat_interleave(sizes)[:length]
+
+
+def _topic_directions(size: int, random: torch.Generator) -> Tensor:
+    """What the tokens of each topic have in common, fp32 ``[NUM_TOPICS, size]``."""
+    plane = torch.randn(TOPIC_SIZE, size, generator=random, device=random.device)
+    return torch.randn(NUM_TOPICS, TOPIC_SIZE, generator=random, device=random.device) @ plane
 
 
 def _needle_tokens(length: int, random: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-import proxyattn
 from proxyattn._demo import Layer, make_layer
 from proxyattn._measure import (
+    ExactRows,
     Stopwatch,
     chosen_blocks,
     dense_attention,
@@ -18,11 +18,12 @@ from proxyattn._measure import (
     relative_error,
     sample_rows,
 )
-from proxyattn._report import milliseconds, percent, table
-from proxyattn._stages import STAGES, Settings, StageOutputs, run_stages, visible_blocks
+from proxyattn._stages import StageOutputs, run_stages, visible_blocks
+from proxyattn.settings import Settings
 
 SAMPLED_ROWS = 64
 WARM_UP_RUNS = 1
+TOTAL = "proxy_attention"  # the single call, among the names of the stages
 
 
 @dataclass(frozen=True)
@@ -36,43 +37,60 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
 
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.length} tokens, {self.heads} query heads, {self.kv_heads} kv heads, "
-            f"head_dim {self.head_dim}, {dtype}"
-        )
+    @property
+    def num_bytes(self) -> int:
+        """Of q, k, v, and of the two outputs that are compared."""
+        heads = 3 * self.heads + 2 * self.kv_heads
+        return self.length * heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class HeadResult:
     """One query head; errors are relative L2 over the sampled rows."""
 
-    budget: int  # key blocks
-    share: float  # blocks read of those visible
+    need: float  # share in the forced blocks for top_p, budget in blocks for last_block
+    read: float  # blocks read of those visible
     kept: float  # mean attention mass in the blocks read, over the sampled rows
     error: float  # sparse output against exact attention
-    dense_error: float  # torch's dense output against exact attention
     kernel_error: float  # sparse output against exact attention over the same blocks
     needles: int  # answered by the sparse output
-    dense_needles: int  # answered by exact attention
+
+
+@dataclass(frozen=True)
+class SparseResult:
+    """One setting."""
+
+    settings: Settings
+    heads: list[HeadResult]
+    times: dict[str, float]  # milliseconds, by stage and of the single call
+
+
+@dataclass(frozen=True)
+class DenseResult:
+    """torch's attention, and exact attention of the sampled rows."""
+
+    times: dict[str, float]  # milliseconds, by backend
+    errors: list[float]  # by head, relative L2 against exact attention
+    needles: list[int]  # by head, answered by exact attention
 
 
 @dataclass(frozen=True)
 class LayerResult:
     shape: LayerShape
-    settings: Settings
-    heads: list[HeadResult]
+    seed: int
     num_needles: int
-    num_rows: int
-    times: dict[str, float]  # milliseconds, by stage; "total" is the single call
-    dense_times: dict[str, float]  # milliseconds, by backend
+    num_rows: int  # sampled
+    dense: DenseResult
+    sparse: dict[str, SparseResult]  # by name; the first is the one that was asked for
 
 
 def run_layer(
-    shape: LayerShape, settings: Settings, seed: int, repeats: int
+    shape: LayerShape, settings: dict[str, Settings], seed: int, repeats: int
 ) -> tuple[LayerResult, Layer, StageOutputs]:
-    """Computes, times and checks one layer."""
+    """Computes, times and checks one layer with each of the settings.
+
+    The stage outputs are those of the first setting.
+    """
     layer = make_layer(
         shape.length,
         shape.heads,
@@ -82,49 +100,58 @@ def run_layer(
         shape.device,
         seed,
     )
-    with tqdm(total=3, desc="times", leave=False, disable=None) as progress:
-        times, stages, out = _time_sparse(layer, settings, repeats)
-        progress.update(2)
-        dense_times, dense_out = _time_dense(layer, repeats)
-        progress.update(1)
-
     rows = torch.cat([sample_rows(shape.length, SAMPLED_ROWS, seed), layer.questions.cpu()])
     rows = rows.to(shape.device)
-    visible = visible_blocks(shape.length, shape.length, settings.block_size).sum()
-    heads = []
+    runs = {}
+    with tqdm(total=len(settings) + 1, desc="timing", leave=False, disable=None) as progress:
+        for name, setting in settings.items():
+            runs[name] = _run_sparse(layer, setting, repeats, rows)
+            progress.update(1)
+        dense_times, dense_rows = _run_dense(layer, repeats, rows)
+        progress.update(1)
+
+    heads = {name: [] for name in settings}
+    dense_errors, dense_needles = [], []
     for head in tqdm(range(shape.heads), desc="exact rows", leave=False, disable=None):
-        read = stages.counts[0, head].sum()
-        heads.append(
-            _check_head(
-                layer,
-                stages,
-                settings,
-                head,
-                rows,
-                (out[0, rows, head], dense_out[0, rows, head]),
-                float(read / visible),
-            )
-        )
-    result = LayerResult(shape, settings, heads, len(layer.codes), len(rows), times, dense_times)
-    return result, layer, stages
+        kv_head = head * shape.kv_heads // shape.heads
+        keys, values = layer.k[0, :, kv_head], layer.v[0, :, kv_head]
+        exact = exact_rows(layer.q[0, rows, head], keys, values, rows)
+        dense_errors.append(relative_error(dense_rows[:, head], exact.out))
+        dense_needles.append(_answered(exact.out, layer.codes))
+        for name, run in runs.items():
+            heads[name].append(_check_head(layer, run, settings[name], head, rows, exact))
+    sparse = {
+        name: SparseResult(setting, heads[name], runs[name].times)
+        for name, setting in settings.items()
+    }
+    dense = DenseResult(dense_times, dense_errors, dense_needles)
+    result = LayerResult(shape, seed, len(layer.codes), len(rows), dense, sparse)
+    return result, layer, next(iter(runs.values())).stages
 
 
-def _time_sparse(
-    layer: Layer, settings: Settings, repeats: int
-) -> tuple[dict[str, float], StageOutputs, Tensor]:
+@dataclass(frozen=True)
+class _SparseRun:
+    times: dict[str, float]
+    stages: StageOutputs
+    out: Tensor  # [R, Hq, D], of the sampled rows, from the single call
+
+
+def _run_sparse(layer: Layer, settings: Settings, repeats: int, rows: Tensor) -> _SparseRun:
     q, k, v = layer.q, layer.k, layer.v
     for _ in range(WARM_UP_RUNS):
         run_stages(q, k, v, settings)
-        out = settings.attend(q, k, v)
+        settings.attend(q, k, v)
     watch = Stopwatch(q.device)
     for _ in range(repeats):
         stages = run_stages(q, k, v, settings, timed=watch)
-        with watch("total"):
+        with watch(TOTAL):
             out = settings.attend(q, k, v)
-    return watch.medians(), stages, out
+    # Not a second copy of the whole output for every setting.
+    stages = stages._replace(out=out[:, :0])
+    return _SparseRun(watch.medians(), stages, out[0, rows])
 
 
-def _time_dense(layer: Layer, repeats: int) -> tuple[dict[str, float], Tensor]:
+def _run_dense(layer: Layer, repeats: int, rows: Tensor) -> tuple[dict[str, float], Tensor]:
     q, k, v = layer.q, layer.k, layer.v
     watch = Stopwatch(q.device)
     for name, backends in dense_backends(q, k, v).items():
@@ -134,128 +161,33 @@ def _time_dense(layer: Layer, repeats: int) -> tuple[dict[str, float], Tensor]:
             for _ in range(repeats):
                 with watch(name):
                     out = dense_attention(q, k, v)
-    return watch.medians(), out
+    return watch.medians(), out[0, rows]
 
 
 def _check_head(
-    layer: Layer,
-    stages: StageOutputs,
-    settings: Settings,
-    head: int,
-    rows: Tensor,
-    outputs: tuple[Tensor, Tensor],
-    share: float,
+    layer: Layer, run: _SparseRun, settings: Settings, head: int, rows: Tensor, exact: ExactRows
 ) -> HeadResult:
-    kv_head = head * layer.k.shape[2] // layer.q.shape[2]
-    chosen = chosen_blocks(stages.indices, stages.counts, head, rows // settings.block_size)
-    exact = exact_rows(
-        layer.q[0, rows, head],
-        layer.k[0, :, kv_head],
-        layer.v[0, :, kv_head],
-        rows,
-        chosen,
-        settings.block_size,
-    )
-    sparse_out, dense_out = outputs
-    asked = len(layer.codes)
+    block_size, counts = settings.block_size, run.stages.counts
+    length = layer.q.shape[1]
+    visible = int(visible_blocks(length, length, block_size).sum())
+    chosen = chosen_blocks(run.stages.indices, counts, head, rows // block_size)
+    out = run.out[:, head]
     return HeadResult(
-        budget=int(stages.budgets[0, head]),
-        share=share,
-        kept=float(exact.kept.mean()),
-        error=relative_error(sparse_out, exact.out),
-        dense_error=relative_error(dense_out, exact.out),
-        kernel_error=relative_error(sparse_out, exact.chosen_out),
-        needles=_answered(sparse_out[-asked:], layer.codes),
-        dense_needles=_answered(exact.out[-asked:], layer.codes),
+        need=float(run.stages.needs[0, head]),
+        read=int(counts[0, head].sum()) / visible,
+        kept=float(exact.kept(chosen, block_size).mean()),
+        error=relative_error(out, exact.out),
+        kernel_error=relative_error(out, exact.chosen_out(chosen, block_size)),
+        needles=_answered(out, layer.codes),
     )
 
 
 def _answered(out: Tensor, codes: Tensor) -> int:
-    """Questions whose output is closest to their own needle's values, and close to them at all."""
+    """Questions, the last rows, whose output is closest to their own needle's values, and close."""
+    asked = out[-len(codes) :]
     closeness = torch.nn.functional.cosine_similarity(
-        out[:, None].double(), codes[None].double(), dim=2
+        asked[:, None].double(), codes[None].double(), dim=2
     )
     best, which = closeness.max(1)
     own = torch.arange(len(codes), device=codes.device)
     return int(((which == own) & (best > 0.5)).sum())
-
-
-# ---- the report
-
-
-def layer_report(result: LayerResult) -> str:
-    """The result as text."""
-    parts = [
-        _header(result),
-        _head_table(result),
-        _time_table(result),
-        _summary(result),
-    ]
-    return "\n\n".join(parts)
-
-
-def _header(result: LayerResult) -> str:
-    shape, settings = result.shape, result.settings
-    on_gpu = shape.device.type == "cuda"
-    device = torch.cuda.get_device_name(shape.device) if on_gpu else "CPU"
-    threads = "" if on_gpu else f", {torch.get_num_threads()} threads"
-    proxy_heads = settings.num_proxy_heads or shape.kv_heads
-    return (
-        f"proxyattn {proxyattn.__version__}, torch {torch.__version__}, {device}{threads}\n"
-        f"layer     {shape}\n"
-        f"settings  gamma {settings.gamma:g}, {settings.budget_mode}, stride {settings.stride}, "
-        f"block_size {settings.block_size}, {proxy_heads} proxy heads, "
-        f"min_budget {settings.resolved_min_budget} tokens"
-    )
-
-
-def _head_table(result: LayerResult) -> str:
-    rows = [
-        (
-            str(index),
-            str(head.budget),
-            percent(head.share),
-            percent(head.kept),
-            f"{head.error:.4f}",
-            f"{head.needles} of {result.num_needles}",
-            f"{head.dense_needles} of {result.num_needles}",
-        )
-        for index, head in enumerate(result.heads)
-    ]
-    headers = ("head", "budget", "blocks read", "mass kept", "error", "needles", "dense needles")
-    return table(headers, rows)
-
-
-def _time_table(result: LayerResult) -> str:
-    times = result.times
-    summed = sum(times[stage] for stage in STAGES)
-    rows = [(stage, milliseconds(times[stage]), percent(times[stage] / summed)) for stage in STAGES]
-    rows.append(("all in one call", milliseconds(times["total"]), ""))
-    rows += [(f"torch dense, {name}", milliseconds(ms), "") for name, ms in _dense(result)]
-    return table(("time", "ms", "share"), rows)
-
-
-def _dense(result: LayerResult) -> list[tuple[str, float]]:
-    return sorted(result.dense_times.items(), key=lambda item: item[1])
-
-
-def _summary(result: LayerResult) -> str:
-    heads = result.heads
-    backend, dense_ms = _dense(result)[0]
-    possible = sum(head.dense_needles for head in heads)
-    found = sum(head.needles for head in heads)
-
-    def mean(name: str) -> float:
-        return sum(getattr(head, name) for head in heads) / len(heads)
-
-    return (
-        f"blocks read   {percent(mean('share'))} of those dense attention reads\n"
-        f"mass kept     {percent(mean('kept'))} of exact attention, at {result.num_rows} sampled "
-        f"rows\n"
-        f"error         {mean('error'):.4f} relative L2 against exact rows in float64 (torch dense "
-        f"{mean('dense_error'):.1e}; this kernel on its own blocks {mean('kernel_error'):.1e})\n"
-        f"needles       {found} answered by sparse attention, {possible} by exact attention, of "
-        f"{len(heads) * result.num_needles}\n"
-        f"speed-up      {dense_ms / result.times['total']:.2f}x over torch's dense attention "
-        f"({backend})"
-    )

@@ -1,4 +1,4 @@
-"""Clocks, dense attention to compare with, and exact attention of sampled rows."""
+"""Clocks, dense attention to compare with, exact attention of sampled rows, and what is kept."""
 
 import statistics
 import time
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from proxyattn import ops
+from proxyattn._stages import StageCall, visible_blocks
 
 PROBE_TOKENS = 256
 
@@ -82,40 +85,79 @@ def sample_rows(length: int, count: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ExactRows:
-    """Exact attention of one head at R query rows, in float64."""
+    """Exact causal attention of one head at R query rows, in float64."""
 
-    block_mass: Tensor  # [R, Nb], probability in every key block
-    kept: Tensor  # [R], probability in the chosen blocks
-    out: Tensor  # [R, D], over all keys
-    chosen_out: Tensor  # [R, D], over the keys of the chosen blocks
+    weights: Tensor  # [R, N], probability of every key
+    values: Tensor  # [N, D]
+
+    @property
+    def out(self) -> Tensor:
+        """Attention over all keys, ``[R, D]``."""
+        return self.weights @ self.values
+
+    def block_mass(self, block_size: int) -> Tensor:
+        """Probability in every key block, ``[R, Nb]``."""
+        return self._by_block(block_size).sum(2)
+
+    def kept(self, chosen: Tensor, block_size: int) -> Tensor:
+        """Probability in the chosen blocks, ``[R]``, from bool ``[R, Nb]``."""
+        return (self.block_mass(block_size) * chosen).sum(1)
+
+    def chosen_out(self, chosen: Tensor, block_size: int) -> Tensor:
+        """Attention over the keys of the chosen blocks alone, ``[R, D]``."""
+        weights = self._by_block(block_size) * chosen[:, :, None]
+        weights = weights.flatten(1)[:, : self.values.shape[0]]
+        return (weights @ self.values) / weights.sum(1, keepdim=True)
+
+    def _by_block(self, block_size: int) -> Tensor:
+        tail = -self.values.shape[0] % block_size
+        return torch.nn.functional.pad(self.weights, (0, tail)).unflatten(1, (-1, block_size))
 
 
-def exact_rows(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, chosen: Tensor, block_size: int
-) -> ExactRows:
-    """Causal attention of the given rows of one head, over all keys and over chosen blocks.
+def exact_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> ExactRows:
+    """Causal attention of the given rows of one head.
 
     Args:
         q: ``[R, D]``, the rows' queries.
         k: ``[N, D]``.
         v: ``[N, D]``.
         rows: int64 ``[R]``, their positions.
-        chosen: bool ``[R, Nb]``, blocks that sparse attention read for each row.
-        block_size: tokens of a key block.
     """
     num_keys, head_dim = k.shape
     logits = q.double() @ k.double().T * head_dim**-0.5
     hidden = torch.arange(num_keys, device=k.device) > rows[:, None]
-    weights = logits.masked_fill_(hidden, -torch.inf).softmax(dim=1)
-    values = v.double()
-    out = weights @ values
-    tail = -num_keys % block_size
-    blocks = torch.nn.functional.pad(weights, (0, tail)).unflatten(1, (-1, block_size))
-    block_mass = blocks.sum(2)
-    kept = (block_mass * chosen).sum(1)
-    chosen_weights = (blocks * chosen[:, :, None]).flatten(1)[:, :num_keys]
-    chosen_out = (chosen_weights @ values) / kept[:, None]
-    return ExactRows(block_mass, kept, out, chosen_out)
+    return ExactRows(logits.masked_fill_(hidden, -torch.inf).softmax(dim=1), v.double())
+
+
+def kept_mass(call: StageCall, num_blocks: int) -> Tensor:
+    """Share of exact attention that lies in the blocks read, fp64 ``[B, Hq]``.
+
+    It is the mean over all queries of ``num_blocks`` evenly spaced query blocks. The log-sum-exp of
+    a query over its chosen blocks and the one over all blocks differ by the log of what is kept.
+    """
+    block_size = call.settings.block_size
+    q_len, kv_len = call.q.shape[1], call.k.shape[1]
+    batch, heads, num_q_blocks = call.outputs.counts.shape
+    device = call.q.device
+    spaced = torch.linspace(0, num_q_blocks - 1, min(num_blocks, num_q_blocks), device=device)
+    sampled = torch.zeros(num_q_blocks, dtype=torch.bool, device=device)
+    sampled[spaced.round().long()] = True
+
+    num_kv_blocks = -(-kv_len // block_size)
+    every = torch.arange(num_kv_blocks, dtype=torch.int32, device=device)
+    every = every.expand(batch, 1, num_q_blocks, num_kv_blocks)
+    visible = visible_blocks(q_len, kv_len, block_size).to(device, torch.int32)
+
+    def log_sum(indices: Tensor, counts: Tensor) -> Tensor:
+        # Blocks that are not sampled read nothing, and cost nothing.
+        counts = torch.where(sampled, counts, 0).expand(batch, heads, num_q_blocks).contiguous()
+        _, lse = ops.block_sparse_attention(
+            call.q, call.k, call.v, indices, counts, block_size, True, call.scale, True
+        )
+        return lse[:, :, sampled.repeat_interleave(block_size)[:q_len]].double()
+
+    chosen = log_sum(call.outputs.indices, call.outputs.counts)
+    return (chosen - log_sum(every, visible)).exp().mean(2)
 
 
 def chosen_blocks(indices: Tensor, counts: Tensor, head: int, q_blocks: Tensor) -> Tensor:

@@ -1,45 +1,15 @@
 """The stages of proxy_attention one by one, for callers that want to see or time what each does."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxyattn import ops
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of :func:`proxyattn.proxy_attention`, with its defaults."""
-
-    gamma: float = 0.95
-    stride: int = 4
-    block_size: int = ops.DEFAULT_BLOCK_SIZE
-    num_proxy_heads: int | None = None
-    budget_mode: str = "last_block"
-    min_budget: int | None = None
-    num_sink_blocks: int = 1
-    num_local_blocks: int = 1
-
-    @property
-    def resolved_min_budget(self) -> int:
-        """Tokens that every head takes at least, whether given or left to the budget mode."""
-        if self.min_budget is not None:
-            return self.min_budget
-        return ops.DEFAULT_MIN_BUDGET[self.budget_mode]
-
-    def check(self) -> None:
-        """Raises ValueError for a value that the op refuses for any model."""
-        heads = max(1, self.num_proxy_heads or 1)
-        empty = torch.empty(0, 0, heads, 64)
-        self.attend(empty, empty, empty)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """Causal proxy_attention in one call."""
-        return ops.proxy_attention(q, k, v, scale=scale, **asdict(self))
+from proxyattn.settings import Settings
 
 
 class StageOutputs(NamedTuple):
@@ -48,11 +18,32 @@ class StageOutputs(NamedTuple):
     out: Tensor  # [B, M, Hq, D]
     indices: Tensor  # int32 [B, g, Mb, Nb]
     counts: Tensor  # int32 [B, Hq, Mb]
-    budgets: Tensor  # int32 [B, Hq]
+    needs: Tensor  # [B, Hq]: fp32 shares for top_p, int32 budgets for last_block
 
 
-#: Names of the stages in the order in which they run.
-STAGES = ("pool", "score", "budget", "select", "attend")
+class StageCall(NamedTuple):
+    """One call of :func:`run_stages`, for those who watch."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    settings: Settings
+    scale: float | None
+    outputs: StageOutputs
+
+
+Observer = Callable[[StageCall], None]
+_observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+
+
+@contextmanager
+def observe(observer: Observer) -> Iterator[None]:
+    """Shows every call of run_stages inside the block to the observer, once it is done."""
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
 
 
 def _untimed(stage: str) -> AbstractContextManager:
@@ -75,35 +66,52 @@ def run_stages(
         v: ``[B, N, Hkv, D]``.
         settings: as for proxy_attention.
         scale: factor of the logits, 1 / sqrt(D) by default.
-        timed: gives the context that each stage runs in, from its name in ``STAGES``.
+        timed: gives the context that each stage runs in, from the name of its function.
     """
-    q_len, kv_len, block_size = q.shape[1], k.shape[1], settings.block_size
-    coverage = settings.budget_mode == "coverage"
-    with timed("pool"):
-        q_proxy, k_proxy = ops.pool_heads(q, k, settings.num_proxy_heads, settings.stride)
-    with timed("score"):
-        peak, mass = ops.score_blocks(
-            q_proxy, k_proxy, q_len, kv_len, settings.stride, block_size, True, scale, coverage
+    (q_len, q_heads), kv_len = q.shape[1:3], k.shape[1]
+    settings = settings.resolve(q_heads, k.shape[2])
+    top_p = settings.budget_mode == "top_p"
+    logits = {"block_size": settings.block_size, "causal": True, "scale": scale}
+    forced = {
+        "num_sink_blocks": settings.num_sink_blocks,
+        "num_local_blocks": settings.num_local_blocks,
+    }
+    with timed("pool_heads"):
+        q_proxy, k_proxy = ops.pool_heads(
+            q, k, settings.num_proxy_heads, settings.stride, settings.pooling
         )
-    with timed("budget"):
-        budgets = ops.estimate_budgets(q, k, settings.gamma, block_size, True, scale)
-    with timed("select"):
+    with timed("score_blocks"):
+        peak, mass = ops.score_blocks(
+            q_proxy, k_proxy, q_len, kv_len, settings.stride, with_mass=top_p, **logits
+        )
+    if top_p:
+        with timed("estimate_shares"):
+            needs = ops.estimate_shares(q, k, **logits, **forced)
+    else:
+        with timed("estimate_budgets"):
+            needs = ops.estimate_budgets(q, k, settings.gamma, **logits)
+    with timed("select_blocks"):
         indices, counts = ops.select_blocks(
             peak,
-            mass,
-            budgets,
+            mass if top_p else None,
+            needs,
             q_len,
             kv_len,
-            block_size,
-            True,
-            settings.budget_mode,
-            settings.min_budget,
-            settings.num_sink_blocks,
-            settings.num_local_blocks,
+            q_heads,
+            block_size=settings.block_size,
+            causal=True,
+            budget_mode=settings.budget_mode,
+            gamma=settings.gamma,
+            min_budget=settings.min_budget,
+            **forced,
         )
-    with timed("attend"):
-        out, _ = ops.block_sparse_attention(q, k, v, indices, counts, block_size, True, scale)
-    return StageOutputs(out, indices, counts, budgets)
+    with timed("block_sparse_attention"):
+        out, _ = ops.block_sparse_attention(q, k, v, indices, counts, **logits)
+    outputs = StageOutputs(out, indices, counts, needs)
+    if not torch.compiler.is_compiling():  # which can't read context variables
+        for observer in _observers.get():
+            observer(StageCall(q, k, v, settings, scale, outputs))
+    return outputs
 
 
 def visible_blocks(q_len: int, kv_len: int, block_size: int) -> Tensor:

@@ -22,18 +22,25 @@ PoolSide make_side(const PoolParams& p,
                    int64_t len,
                    int64_t heads,
                    void* proxy,
-                   const TokenStrides& proxy_strides) {
-  source_strides.token *= p.stride;
-  const int64_t tokens = ceil_div(len, p.stride);
+                   const TokenStrides& proxy_strides,
+                   int64_t groups) {
   PoolSide side{};
   side.source = source;
   side.proxy = proxy;
-  side.source_strides = source_strides;
   side.proxy_strides = proxy_strides;
-  side.tokens = tokens;
-  side.num_chunks = p.batch * tokens * p.proxy_heads * (p.head_dim / kChunkElements);
-  side.groups = static_cast<int>(p.proxy_heads);
-  side.group_heads = static_cast<int>(heads / p.proxy_heads);
+  side.windows = ceil_div(len, p.stride);
+  if (p.pooling == Pooling::kMean) {
+    side.tokens = len;
+    side.window_tokens = static_cast<int>(p.stride);
+  } else {
+    source_strides.token *= p.stride;
+    side.tokens = side.windows;
+    side.window_tokens = 1;
+  }
+  side.source_strides = source_strides;
+  side.num_chunks = p.batch * side.windows * groups * (p.head_dim / kChunkElements);
+  side.groups = static_cast<int>(groups);
+  side.group_heads = static_cast<int>(heads / groups);
   side.source_aligned = is_aligned(source, source_strides);
   side.proxy_aligned = is_aligned(proxy, proxy_strides);
   return side;
@@ -46,9 +53,9 @@ void pool_heads(const PoolParams& params, Stream stream) {
   check_dtype(kOp, params.dtype);
   PoolArgs args{};
   args.sides[0] = make_side(params, params.q, params.q_strides, params.q_len, params.q_heads,
-                            params.q_proxy, params.q_proxy_strides);
+                            params.q_proxy, params.q_proxy_strides, params.proxy_heads);
   args.sides[1] = make_side(params, params.k, params.k_strides, params.kv_len, params.kv_heads,
-                            params.k_proxy, params.k_proxy_strides);
+                            params.k_proxy, params.k_proxy_strides, params.key_proxy_heads());
   args.num_q_ctas = ceil_div<int64_t>(args.sides[0].num_chunks, kPoolThreads);
   while (params.head_dim >> args.row_chunks_log2 > kChunkElements) ++args.row_chunks_log2;
   LaunchShape shape{args.num_q_ctas + ceil_div<int64_t>(args.sides[1].num_chunks, kPoolThreads)};

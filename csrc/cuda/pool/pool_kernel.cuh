@@ -1,21 +1,25 @@
 // Stage 1, pool_heads, device code.
 //
-//   proxy[b, t, c, :] = mean over the heads h of group c of source[b, stride * t, h, :]
+//   proxy[b, w, c, :] = mean over the tokens t of window w and the heads h of group c
+//                       of source[b, t, h, :]
 //
-// Source [batch, tokens, heads, head_dim], proxy [batch, sampled tokens, groups, head_dim], both
-// with any strides but a contiguous last dimension. One launch pools queries and keys: the first
+// Source [batch, tokens, heads, head_dim], proxy [batch, windows, groups, head_dim], both with any
+// strides but a contiguous last dimension. Pooling by the first token of a window is pooling of
+// windows of one token, every stride-th of them. One launch pools queries and keys: the first
 // thread blocks work on the queries, the others on the keys.
 //
-// A thread owns one 16-byte chunk of one (b, t, c) and loops over the group's heads with
-// kPoolLoads loads in flight; neighbouring threads own neighbouring chunks, then groups, then
-// tokens, so that a warp reads whole cache lines. Sums are fp32, in head order, rounded once.
-// No shared memory. The kernel is bound by memory: it reads every sampled token once.
+// A thread owns one 16-byte chunk of one (b, w, c) and loops over the window's tokens and the
+// group's heads with kPoolLoads loads in flight; neighbouring threads own neighbouring chunks, then
+// groups, then windows, so that a warp reads whole cache lines. Sums are fp32, token by token and
+// in head order, rounded once. No shared memory. The kernel is bound by memory: it reads every
+// token once.
 #pragma once
 
 #include <cstdint>
 
 #include "proxyattn/types.h"
 
+#include "common/math.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/vec.cuh"
 
@@ -25,14 +29,16 @@ inline constexpr int kPoolThreads = 256;
 inline constexpr int kPoolLoads = 8;  // 16 KiB in flight per 128 threads
 inline constexpr int64_t kMaxShortNumber = 0x7fffffff;
 
-// One of the two tensors to pool. Strides are those of sampled tokens.
+// One of the two tensors to pool.
 struct PoolSide {
   const void* source;
   void* proxy;
   TokenStrides source_strides;
   TokenStrides proxy_strides;
-  int64_t tokens;      // sampled tokens
+  int64_t tokens;
+  int64_t windows;
   int64_t num_chunks;  // 16-byte chunks of the whole proxy tensor
+  int window_tokens;   // the last window may have fewer
   int groups;
   int group_heads;
   bool source_aligned;
@@ -50,40 +56,54 @@ PROXYATTN_DEVICE void add_chunk(float (&sums)[kChunkElements], const uint4& chun
   }
 }
 
-// Each sampled token is read once, so the loads should not displace what the caches hold.
+// The rows that one mean is taken of: a window's tokens, and of each the group's heads.
 template <typename Element>
-PROXYATTN_DEVICE void add_heads(float (&sums)[kChunkElements],
-                                const Element* source,
-                                int64_t head_stride,
-                                int num_heads) {
-  for (int first = 0; first < num_heads; first += kPoolLoads) {
+struct WindowRows {
+  const Element* next;  // this thread's chunk of the next row
+  int64_t head_stride;
+  int64_t token_step;  // from a token's last head to the first of the next token
+  int num_heads;
+  int num_rows;
+  int head = 0;
+
+  PROXYATTN_DEVICE const Element* take() {
+    const Element* row = next;
+    const bool last = ++head == num_heads;
+    next += last ? token_step : head_stride;
+    if (last) head = 0;
+    return row;
+  }
+};
+
+// Each token is read once, so the loads should not displace what the caches hold.
+template <typename Element>
+PROXYATTN_DEVICE void add_rows(float (&sums)[kChunkElements], WindowRows<Element> rows) {
+  for (int first = 0; first < rows.num_rows; first += kPoolLoads) {
     uint4 chunks[kPoolLoads];
     PROXYATTN_UNROLL
     for (int i = 0; i < kPoolLoads; ++i) {
-      const Element* head = source + (first + i) * head_stride;
-      if (first + i < num_heads) chunks[i] = __ldcs(reinterpret_cast<const uint4*>(head));
+      if (first + i < rows.num_rows) {
+        chunks[i] = __ldcs(reinterpret_cast<const uint4*>(rows.take()));
+      }
     }
     PROXYATTN_UNROLL
     for (int i = 0; i < kPoolLoads; ++i) {
-      if (first + i < num_heads) add_chunk<Element>(sums, chunks[i]);
+      if (first + i < rows.num_rows) add_chunk<Element>(sums, chunks[i]);
     }
   }
 }
 
 template <typename Element>
-PROXYATTN_DEVICE uint4
-mean_of_heads(const Element* source, int64_t head_stride, int num_heads, bool aligned) {
+PROXYATTN_DEVICE uint4 mean_of_rows(WindowRows<Element> rows, bool aligned) {
   float sums[kChunkElements] = {};
   if (aligned) {
-    add_heads(sums, source, head_stride, num_heads);
+    add_rows(sums, rows);
   } else {
     PROXYATTN_NO_UNROLL
-    for (int head = 0; head < num_heads; ++head) {
-      add_chunk<Element>(sums, gather_chunk(source + head * head_stride));
-    }
+    for (int i = 0; i < rows.num_rows; ++i) add_chunk<Element>(sums, gather_chunk(rows.take()));
   }
   PROXYATTN_UNROLL
-  for (float& sum : sums) sum = __fdiv_rn(sum, static_cast<float>(num_heads));
+  for (float& sum : sums) sum = __fdiv_rn(sum, static_cast<float>(rows.num_rows));
   return {pack_pair<Element>(sums[0], sums[1]), pack_pair<Element>(sums[2], sums[3]),
           pack_pair<Element>(sums[4], sums[5]), pack_pair<Element>(sums[6], sums[7])};
 }
@@ -97,21 +117,21 @@ struct PoolArgs {
 // Which output chunk of a side a thread owns.
 struct PoolPlace {
   int64_t batch;
-  int64_t token;
+  int64_t window;
   int group;
   int column;  // element of head_dim
 
   // Numbers in 32 bits where they fit: a division of 64 bits takes longer than a load.
   template <typename Number>
   static PROXYATTN_DEVICE PoolPlace of(const PoolSide& side, int row_chunks_log2, Number chunk) {
-    const Number row = chunk >> row_chunks_log2;  // (b, t, c)
+    const Number row = chunk >> row_chunks_log2;  // (b, w, c)
     const Number column = chunk - (row << row_chunks_log2);
     const Number groups = static_cast<Number>(side.groups);
-    const Number tokens = static_cast<Number>(side.tokens);
-    const Number sample = row / groups;  // (b, t)
-    const Number batch = sample / tokens;
-    return {static_cast<int64_t>(batch), static_cast<int64_t>(sample - batch * tokens),
-            static_cast<int>(row - sample * groups), static_cast<int>(column) * kChunkElements};
+    const Number windows = static_cast<Number>(side.windows);
+    const Number window = row / groups;  // (b, w)
+    const Number batch = window / windows;
+    return {static_cast<int64_t>(batch), static_cast<int64_t>(window - batch * windows),
+            static_cast<int>(row - window * groups), static_cast<int>(column) * kChunkElements};
   }
 };
 
@@ -129,13 +149,20 @@ __global__ void __launch_bounds__(kPoolThreads)
           : PoolPlace::of<int64_t>(side, args.row_chunks_log2, chunk);
 
   const TokenStrides& from = side.source_strides;
-  const Element* source = static_cast<const Element*>(side.source) + at.batch * from.batch +
-                          at.token * from.token + int64_t{at.group} * side.group_heads * from.head +
-                          at.column;
-  const uint4 mean = mean_of_heads(source, from.head, side.group_heads, side.source_aligned);
+  const int64_t first_token = at.window * side.window_tokens;
+  WindowRows<Element> rows;
+  rows.next = static_cast<const Element*>(side.source) + at.batch * from.batch +
+              first_token * from.token + int64_t{at.group} * side.group_heads * from.head +
+              at.column;
+  rows.head_stride = from.head;
+  rows.token_step = from.token - (side.group_heads - 1) * from.head;
+  rows.num_heads = side.group_heads;
+  rows.num_rows = side.group_heads *
+                  static_cast<int>(min_of<int64_t>(side.window_tokens, side.tokens - first_token));
+  const uint4 mean = mean_of_rows(rows, side.source_aligned);
 
   const TokenStrides& to = side.proxy_strides;
-  Element* proxy = static_cast<Element*>(side.proxy) + at.batch * to.batch + at.token * to.token +
+  Element* proxy = static_cast<Element*>(side.proxy) + at.batch * to.batch + at.window * to.token +
                    at.group * to.head + at.column;
   if (side.proxy_aligned) {
     *reinterpret_cast<uint4*>(proxy) = mean;

@@ -23,10 +23,11 @@ struct ScoreProblem {
   TokenStrides k_strides;
   int64_t lists;  // batch * proxy_heads
   int64_t proxy_heads;
-  int64_t q_offset;   // position of query 0
-  int64_t first_row;  // sampled query that the output begins with
-  int64_t num_rows;   // sampled queries
-  int64_t lse_pitch;  // of one list
+  int64_t key_sharers;  // proxies that are scored with one key proxy
+  int64_t q_offset;     // position of query 0
+  int64_t first_row;    // sampled query that the output begins with
+  int64_t num_rows;     // sampled queries
+  int64_t lse_pitch;    // of one list
   int64_t num_row_tiles;
   int64_t num_q_blocks;  // of the output
   int64_t num_kv_blocks;

@@ -41,8 +41,8 @@ struct ScoreTile {
       halves[half].valid = static_cast<int>(
           max_of<int64_t>(0, min_of<int64_t>(p.num_rows - row, Traits::kHalfRows)));
     }
-    keys.first =
-        static_cast<const Element*>(p.k) + batch * p.k_strides.batch + head * p.k_strides.head;
+    keys.first = static_cast<const Element*>(p.k) + batch * p.k_strides.batch +
+                 head / p.key_sharers * p.k_strides.head;
     keys.stride = p.k_strides.token;
     keys.count = p.num_keys;
     keys.aligned = p.k_aligned;

@@ -47,6 +47,7 @@ ScoreProblem make_problem(const ScoreParams& p) {
   s.k_strides = p.k_proxy_strides;
   s.lists = p.batch * p.proxy_heads;
   s.proxy_heads = p.proxy_heads;
+  s.key_sharers = p.proxy_heads / p.key_proxy_heads;
   s.q_offset = p.q_offset;
   s.block_rows = static_cast<int>(p.q_block / p.stride);
   s.block_keys = static_cast<int>(p.kv_block / p.stride);

@@ -13,17 +13,17 @@ constexpr const char* kOp = "select_blocks";
 // Rows with at most `capacity` visible blocks are sorted by one thread block of this shape.
 struct SizeClass {
   int64_t capacity;
-  void (*launch)(const SelectArgs& args, const RowClass& rows, int64_t num_rows, Stream stream);
+  void (*launch)(const SelectArgs& args, int64_t end_row, int64_t num_rows, Stream stream);
 };
 
 template <int kThreads, int kItems, int kParts>
-void launch_class(const SelectArgs& args, const RowClass& rows, int64_t num_rows, Stream stream) {
+void launch_class(const SelectArgs& args, int64_t end_row, int64_t num_rows, Stream stream) {
   LaunchShape shape{num_rows * args.num_lists};
   shape.threads = kThreads;
   shape.shared_bytes = sizeof(typename RowSelector<kThreads, kItems, kParts>::Shared);
   static_assert(sizeof(typename RowSelector<kThreads, kItems, kParts>::Shared) <=
                 kPortableSharedBytes);
-  launch<select_blocks_kernel<kThreads, kItems, kParts>>(kOp, shape, stream, args, rows);
+  launch<select_blocks_kernel<kThreads, kItems, kParts>>(kOp, shape, stream, args, end_row);
 }
 
 template <int kThreads, int kItems, int kParts>
@@ -44,8 +44,8 @@ SelectArgs make_args(const SelectParams& p) {
   args.num_sink_blocks = p.num_sink_blocks;
   args.num_local_blocks = p.num_local_blocks;
   args.num_lists = p.batch * p.proxy_heads;
-  args.first_row = p.rows.begin;
-  args.num_rows = p.rows.end - p.rows.begin;
+  args.scores = {p.rows.begin, p.rows.end - p.rows.begin};
+  args.lists = {p.list_rows.begin, p.list_rows.end - p.list_rows.begin};
   args.num_blocks = args.grid.num_kv_blocks();
   args.list_heads = p.q_heads / p.proxy_heads;
   args.min_blocks = ceil_div(min_of(p.min_budget, p.kv_len), p.kv_block);
@@ -55,14 +55,14 @@ SelectArgs make_args(const SelectParams& p) {
   args.budgets = p.budgets;
   args.indices = p.indices;
   args.counts = p.counts;
-  args.shares = p.budget_mode == BudgetMode::kCoverage ? p.shares : nullptr;
+  args.shares = p.budget_mode == BudgetMode::kTopP ? p.shares : nullptr;
+  args.gamma = p.gamma;
   return args;
 }
 
 // Launches rows [begin, end), which may be of different lengths: visible() never falls with m, so
 // each class is a range of rows. The longest come first.
-void launch_rows(
-    const SelectArgs& args, int64_t begin, int64_t end, bool sets_shares, Stream stream) {
+void launch_rows(const SelectArgs& args, int64_t begin, int64_t end, Stream stream) {
   while (begin < end) {
     const SizeClass* size = kSizeClasses;
     while (size->capacity < args.grid.visible(end - 1)) ++size;
@@ -80,7 +80,7 @@ void launch_rows(
         }
       }
     }
-    size->launch(args, RowClass{end, sets_shares}, end - first, stream);
+    size->launch(args, end, end - first, stream);
     end = first;
   }
 }
@@ -91,13 +91,7 @@ void select_blocks(const SelectParams& params, Stream stream) {
   validate_select(params);
   const SelectArgs args = make_args(params);
   check_num_kv_blocks(kOp, args.num_blocks);
-  int64_t end = params.rows.end;
-  if (args.shares != nullptr && args.num_rows > 0 && end == args.grid.num_q_blocks()) {
-    // The last query block sets the shares of all others and so goes first.
-    launch_rows(args, end - 1, end, /*sets_shares=*/true, stream);
-    --end;
-  }
-  launch_rows(args, params.rows.begin, end, /*sets_shares=*/false, stream);
+  launch_rows(args, params.rows.begin, params.rows.end, stream);
 }
 
 }  // namespace proxyattn::cuda

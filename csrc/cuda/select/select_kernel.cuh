@@ -1,7 +1,8 @@
 // Stage 4, select_blocks, device code.
 //
-//   peak, mass, indices  [batch * proxy_heads, rows, blocks]
-//   counts               [batch, q_heads, rows]
+//   peak, mass  [batch * proxy_heads, rows, blocks]
+//   indices     [batch * proxy_heads, list rows, blocks]
+//   counts      [batch, q_heads, list rows]
 //
 // A thread block owns one list: one proxy head of one batch entry, one query block. The forced
 // blocks take the first places by formula, and what is left of the visible blocks is the range
@@ -12,10 +13,10 @@
 // Where only the first places need be in order, the key of the last of them is found bit by bit,
 // and what is not behind it sorted by itself.
 //
-// Coverage then needs sums of the mass over prefixes of the ranking. Each thread adds the masses
-// of a run of neighbouring places in double, a block scan adds up the runs, and one thread per
-// head finds its run by bisection and walks it. The order of the additions depends on the number
-// of visible blocks only.
+// Top-p then needs sums of the mass over prefixes of the ranking. Each thread adds the masses of a
+// run of neighbouring places in double, a block scan adds up the runs, and one thread per head
+// finds its run by bisection and walks it. The order of the additions depends on the number of
+// visible blocks only.
 //
 // Assumes at most kMaxCudaKvBlocks blocks, so that a place fits 16 bits.
 #pragma once
@@ -31,34 +32,33 @@
 
 namespace proxyattn::cuda {
 
-// Shares this far below the target count as reached, so that rounding costs no block.
-inline constexpr double kShareSlack = 1e-6;
-// The share of heads that take every block: no prefix reaches it.
-inline constexpr double kTakeAll = __builtin_huge_val();
+// Of the mass outside the forced blocks, what may be missing at a need: rounding costs no block.
+inline constexpr double kNeedSlack = 1e-6;
+
+// Which query blocks a tensor has rows for.
+struct RowsHeld {
+  int64_t first;
+  int64_t count;
+};
 
 struct SelectArgs {
   BlockGrid grid;
   int64_t num_sink_blocks;
   int64_t num_local_blocks;
   int64_t num_lists;   // batch * proxy_heads
-  int64_t first_row;   // query block of row 0 of the tensors
-  int64_t num_rows;    // rows of the tensors
+  RowsHeld scores;     // peak and mass
+  RowsHeld lists;      // indices and counts
   int64_t num_blocks;  // key blocks
   int64_t list_heads;  // query heads that read one list
   int64_t min_blocks;
   bool only_prefixes;
   const float* peak;
-  const float* mass;  // null unless coverage
-  const int32_t* budgets;
+  const float* mass;       // null unless top-p
+  const int32_t* budgets;  // null with top-p
+  const float* shares;     // null unless top-p
   int32_t* indices;
   int32_t* counts;
-  double* shares;  // null unless coverage
-};
-
-// The rows that one launch works on, last one first.
-struct RowClass {
-  int64_t end;
-  bool sets_shares;  // this is the last query block: its shares go to `shares`
+  double gamma;
 };
 
 // Unsigned keys whose rising order is that of falling peaks. NaN counts as +inf, -0 as +0.
@@ -72,21 +72,23 @@ PROXYATTN_DEVICE uint32_t falling_key(float peak) {
 // register.
 struct Row {
   int64_t list;
-  int64_t idx;  // in the tensors
+  int64_t idx;  // among the rows of the lists
   const float* peak;
   const float* mass;
   int32_t* ranking;
   ForcedBlocks forced;
+  int num_forced;
   int visible;
 
   PROXYATTN_DEVICE Row(const SelectArgs& args, int64_t list_idx, int64_t m)
       : list(list_idx),
-        idx(m - args.first_row),
+        idx(m - args.lists.first),
         forced(args.grid, m, args.num_sink_blocks, args.num_local_blocks) {
-    const int64_t offset = (list * args.num_rows + idx) * args.num_blocks;
-    peak = args.peak + offset;
-    mass = args.mass == nullptr ? nullptr : args.mass + offset;
-    ranking = args.indices + offset;
+    const int64_t scores = (list * args.scores.count + m - args.scores.first) * args.num_blocks;
+    peak = args.peak + scores;
+    mass = args.mass == nullptr ? nullptr : args.mass + scores;
+    ranking = args.indices + (list * args.lists.count + idx) * args.num_blocks;
+    num_forced = static_cast<int>(forced.count());
     visible = static_cast<int>(forced.visible);
   }
 };
@@ -246,13 +248,14 @@ struct RowSelector {
 
   // Blocks that a head reads; at least one.
   PROXYATTN_DEVICE int64_t clamp_count(int64_t blocks) const {
-    const int64_t least = max_of<int64_t>(1, row.forced.count());
+    const int64_t least = max_of(1, row.num_forced);
     return min_of<int64_t>(max_of(max_of(blocks, args.min_blocks), least), row.visible);
   }
 
   // First places that must be in order.
   PROXYATTN_DEVICE int ordered_places() const {
-    if (!args.only_prefixes) return row.visible;
+    // Top-p finds where prefixes end in the ranking itself.
+    if (!args.only_prefixes || args.shares != nullptr) return row.visible;
     if (threadIdx.x == 0) shared.longest = 0;
     __syncthreads();  // orders the start value before what threads find
     for (int64_t i = threadIdx.x; i < args.list_heads; i += kThreads) {
@@ -364,15 +367,14 @@ struct RowSelector {
 
   PROXYATTN_DEVICE void rank() const {
     const int thread = static_cast<int>(threadIdx.x);
-    const int num_forced = static_cast<int>(row.forced.count());
-    for (int i = thread; i < num_forced; i += kThreads) {
+    for (int i = thread; i < row.num_forced; i += kThreads) {
       row.ranking[i] = static_cast<int32_t>(row.forced.block_at(i));
     }
     for (int64_t i = row.visible + thread; i < args.num_blocks; i += kThreads) row.ranking[i] = -1;
 
-    int32_t* ranking = row.ranking + num_forced;
-    const int num_free = row.visible - num_forced;
-    const int wanted = ordered_places() - num_forced;  // of the free blocks
+    int32_t* ranking = row.ranking + row.num_forced;
+    const int num_free = row.visible - row.num_forced;
+    const int wanted = ordered_places() - row.num_forced;  // of the free blocks
     if (wanted <= 0) {
       for (int i = thread; i < num_free; i += kThreads) ranking[i] = block_at_place(i);
     } else if constexpr (kParts == 2) {
@@ -387,14 +389,34 @@ struct RowSelector {
   // Places that each thread adds up.
   PROXYATTN_DEVICE int run_length() const { return (row.visible + kThreads - 1) / kThreads; }
 
-  // Fills shared.sums.before and returns the mass of all visible blocks.
+  // Masses of the blocks at a few places of the ranking from `first` on: none of a forced block,
+  // nor behind `end`. A NaN is one anywhere. Loads go together: each takes as long as all.
+  static constexpr int kLoads = 8;
+  PROXYATTN_DEVICE void load_masses(int first, int end, float (&masses)[kLoads]) const {
+    int blocks[kLoads];
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kLoads; ++i) blocks[i] = first + i < end ? row.ranking[first + i] : -1;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kLoads; ++i) masses[i] = blocks[i] < 0 ? 0.0f : row.mass[blocks[i]];
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i < row.num_forced && !isnan(masses[i])) masses[i] = 0.0f;
+    }
+  }
+
+  // Fills shared.sums.before and returns the mass of all free blocks.
   PROXYATTN_DEVICE double sum_runs() const {
     __syncthreads();  // the ranking is written, and the sort's memory is read
     const int thread = static_cast<int>(threadIdx.x);
     const int begin = min(thread * run_length(), row.visible);
     const int end = min(begin + run_length(), row.visible);
     double sum = 0.0;
-    for (int i = begin; i < end; ++i) sum += static_cast<double>(row.mass[row.ranking[i]]);
+    for (int first = begin; first < end; first += kLoads) {
+      float masses[kLoads];
+      load_masses(first, end, masses);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) sum += static_cast<double>(masses[i]);
+    }
     double before;
     double total;
     Scan(shared.sums.scan).ExclusiveSum(sum, before, total);
@@ -403,70 +425,60 @@ struct RowSelector {
     return total;
   }
 
-  PROXYATTN_DEVICE double share_of(int64_t budget, double total) const {
-    budget = max_of<int64_t>(budget, 0);
-    if (budget >= row.visible) return kTakeAll;
-    const int end = static_cast<int>(budget);
-    const int run = end / run_length();
-    double sum = shared.sums.before[run];
-    for (int i = run * run_length(); i < end; ++i) {
-      sum += static_cast<double>(row.mass[row.ranking[i]]);
-    }
-    return sum / total;
-  }
-
-  // Length of the shortest prefix of the ranking that holds the share; all visible blocks when
-  // none does, as when a NaN is among the masses.
-  PROXYATTN_DEVICE int blocks_to_cover(double share, double total) const {
-    const double target = (share - kShareSlack) * total;
-    if (!(total > 0.0) || !(target < kTakeAll)) return row.visible;
-    if (target <= 0.0) return 0;
+  // Length of the shortest prefix of the ranking that holds what a head needs.
+  PROXYATTN_DEVICE int blocks_to_hold(float share, double total) const {
+    if (args.gamma >= 1.0 || isnan(share) || isnan(total)) return row.visible;
+    if (share >= 1.0f) return 0;
+    const double forced = static_cast<double>(share);
+    const double need = (args.gamma - forced) / (1.0 - forced);
+    if (isnan(need)) return row.visible;
+    const double target = (need - kNeedSlack) * total;
+    if (!(target > 0.0)) return 0;
     int run = 0;  // the last one with less than the target before it
     for (int step = kThreads / 2; step > 0; step /= 2) {
       if (shared.sums.before[run + step] < target) run += step;
     }
     const int end = min((run + 1) * run_length(), row.visible);
     double sum = shared.sums.before[run];
-    int i = run * run_length();
-    while (i < end && sum < target) sum += static_cast<double>(row.mass[row.ranking[i++]]);
-    return i;
+    for (int first = run * run_length(); first < end; first += kLoads) {
+      float masses[kLoads];
+      load_masses(first, end, masses);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) {
+        if (sum >= target) return first + i;
+        sum += static_cast<double>(masses[i]);
+      }
+    }
+    return end;
   }
 
-  PROXYATTN_DEVICE void store_count(int64_t head, int64_t blocks) const {
-    args.counts[head * args.num_rows + row.idx] = static_cast<int32_t>(clamp_count(blocks));
-  }
-
-  PROXYATTN_DEVICE void count(bool sets_shares) const {
-    const bool coverage = args.shares != nullptr;
-    const double total = coverage ? sum_runs() : 0.0;
+  PROXYATTN_DEVICE void count() const {
+    const double total = args.shares == nullptr ? 0.0 : sum_runs();
     // Heads are numbered over the batch, as lists are.
     const int64_t end = (row.list + 1) * args.list_heads;
     for (int64_t head = row.list * args.list_heads + threadIdx.x; head < end; head += kThreads) {
-      int64_t blocks = args.budgets[head];
-      if (coverage) {
-        if (sets_shares) args.shares[head] = share_of(blocks, total);
-        blocks = blocks_to_cover(args.shares[head], total);
-      }
-      store_count(head, blocks);
+      const int64_t blocks =
+          args.shares == nullptr ? args.budgets[head] : blocks_to_hold(args.shares[head], total);
+      args.counts[head * args.lists.count + row.idx] = static_cast<int32_t>(clamp_count(blocks));
     }
   }
 };
 
 template <int kThreads, int kItems, int kParts>
 __global__ void __launch_bounds__(kThreads, 1)
-    select_blocks_kernel(const __grid_constant__ SelectArgs args, const RowClass rows) {
+    select_blocks_kernel(const __grid_constant__ SelectArgs args, int64_t end_row) {
   using Selector = RowSelector<kThreads, kItems, kParts>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   __shared__ __align__(16) unsigned char row_bytes[sizeof(Row)];
   if (threadIdx.x == 0) {
     const int64_t list = blockIdx.x % args.num_lists;
-    new (row_bytes) Row(args, list, rows.end - 1 - blockIdx.x / args.num_lists);
+    new (row_bytes) Row(args, list, end_row - 1 - blockIdx.x / args.num_lists);
   }
   __syncthreads();  // orders the row's facts before their readers
   const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes),
                           *reinterpret_cast<const Row*>(row_bytes)};
   selector.rank();
-  selector.count(rows.sets_shares);
+  selector.count();
 }
 
 }  // namespace proxyattn::cuda

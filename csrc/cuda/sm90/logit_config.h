@@ -1,4 +1,4 @@
-// Tile sizes of the sm90 kernels that want logits themselves: scoring and budgets.
+// Tile sizes of the sm90 kernels that want logits themselves: scoring and what each head needs.
 //
 // A thread block owns a row tile of 64 rows, one wgmma high, for each of its consumer warpgroups.
 // Keys pass in tiles of 128 through a ring in shared memory; every key tile meets every row.
@@ -8,6 +8,12 @@ namespace proxyattn::cuda::sm90 {
 
 inline constexpr int kGroupRows = 64;   // of a consumer warpgroup
 inline constexpr int kLogitKeys = 128;  // keys of a tile
+// Key tiles that a row's exponentials are added up over with one reference. Stretches begin at
+// multiples of their length, whatever work a thread block is given: bits depend neither on the
+// batch nor on the machine nor on where a prompt was cut. Shorter ones cost a long prompt more
+// sums, longer ones a short prompt the work to share out.
+inline constexpr int kStretchShift = 3;
+inline constexpr int kStretchTiles = 1 << kStretchShift;
 // A key block must hold at least this many: those that a lane holds together, see key_maps.h.
 inline constexpr int kMinBlockKeys = 16;
 

@@ -34,9 +34,14 @@ class ScoreConsumer {
       const ScoreItem item = read_item(shared_.items[stream_.query_slot()]);
       if (item.slot == kNoMoreItems) return;
       begin(item);
-      stream_.for_each_tile(item.chunk << p_.chunk_shift, item.num_tiles, *this);
+      const int first_tile = item.chunk << p_.chunk_shift;
+      PROXYATTN_NO_UNROLL
+      for (int done = 0; done < item.num_tiles; done += kStretchTiles) {
+        sums_.reset();
+        stream_.for_each_tile(first_tile + done, min(kStretchTiles, item.num_tiles - done), *this);
+        store_sums(item.slot * p_.chunk_stretches() + done / kStretchTiles);
+      }
       stream_.release_query();
-      store_sums(item.slot);
     }
   }
 
@@ -76,11 +81,10 @@ class ScoreConsumer {
                    warp_row_ / kRowGroup * kGroupFloats<kBlockKeys> + warp_lane() * Blocks::kCount;
     const int first_row = p_.first_row + item.row_tile * p_.tile_rows + warp_row_;
     warp_limit_ = p_.causal ? p_.first_limit + first_row : p_.num_keys;
-    sums_.reset();
   }
 
-  PROXYATTN_DEVICE void store_sums(int slot) const {
-    float* lse = p_.chunk_lse + static_cast<int64_t>(slot) * Traits::kTileRows + warp_row_ +
+  PROXYATTN_DEVICE void store_sums(int stretch) const {
+    float* lse = p_.stretch_lse + static_cast<int64_t>(stretch) * Traits::kTileRows + warp_row_ +
                  warp_lane() / kQuadLanes;
     PROXYATTN_UNROLL
     for (int row = 0; row < 2; ++row) {

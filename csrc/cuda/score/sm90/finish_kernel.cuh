@@ -1,6 +1,6 @@
 // Stage 2, score_blocks, second kernel: from what score_kernel left in scratch to cells.
 //
-//   lse[r]     = log2 of the sum over chunks of 2^chunk_lse[r]
+//   lse[r]     = log2 of the sum over stretches of keys of 2^stretch_lse[r]
 //   peak[m, n] = ln 2 * max over rows r of block m of (factor * block_max[r, n] - lse[r])
 //   mass[m, n] = mean over rows r of block m of 2^(block_lse[r, n] - lse[r])
 //
@@ -70,7 +70,6 @@ class ScoreFinisher {
     const int list = p.first_list + pass_list;
     const int row_tile = p.first_row_tile + p.num_row_tiles - 1 - idx % p.num_row_tiles;
     first_slot_ = pass_list * p.num_list_slots + slots_behind(row_tile);
-    num_chunks_ = p.num_chunks(row_tile);
     end_tile_ = p.visible_tiles(row_tile);
     tile_row_ = row_tile * p.tile_rows;
     block_row_ = block * p.block_rows;
@@ -106,22 +105,25 @@ class ScoreFinisher {
     return group_sum<kWarpLanes>(slots);
   }
 
-  // The partial sums of a row's chunks, in order.
+  // The partial sums of a row's stretches, in order.
   PROXYATTN_DEVICE void find_lse() {
     constexpr int kLoads = 8;  // in flight
     const int row = static_cast<int>(threadIdx.x);
     if (row >= rows_) return;
-    const float* chunk_lse =
-        p_.chunk_lse + static_cast<int64_t>(first_slot_) * p_.tile_rows + block_row_ + row;
+    const int num_stretches = ceil_div(end_tile_, kStretchTiles);
+    const float* stretch_lse =
+        p_.stretch_lse + static_cast<int64_t>(first_slot_ * p_.chunk_stretches()) * p_.tile_rows +
+        block_row_ + row;
     float largest = kMinusInfinity;
     float sum = 0.0f;
-    for (int first = 0; first < num_chunks_; first += kLoads) {
+    for (int first = 0; first < num_stretches; first += kLoads) {
       float lse[kLoads];
       float seen = largest;
       PROXYATTN_UNROLL
       for (int i = 0; i < kLoads; ++i) {
-        lse[i] = first + i < num_chunks_ ? chunk_lse[static_cast<int64_t>(first + i) * p_.tile_rows]
-                                         : kMinusInfinity;
+        lse[i] = first + i < num_stretches
+                     ? stretch_lse[static_cast<int64_t>(first + i) * p_.tile_rows]
+                     : kMinusInfinity;
       }
       PROXYATTN_UNROLL
       for (int i = 0; i < kLoads; ++i) seen = fmaxf(seen, lse[i]);
@@ -232,11 +234,10 @@ class ScoreFinisher {
   float* lse_;  // of the query block's rows, in shared memory
   int lane_;
   int first_slot_;  // of the row tile
-  int num_chunks_;
-  int end_tile_;   // key tiles that were computed
-  int tile_row_;   // first row of the row tile
-  int block_row_;  // first row of the query block, in the row tile
-  int rows_;       // of the query block; none: it is not there, or its scores are not wanted
+  int end_tile_;    // key tiles that were computed
+  int tile_row_;    // first row of the row tile
+  int block_row_;   // first row of the query block, in the row tile
+  int rows_;        // of the query block; none: it is not there, or its scores are not wanted
   int64_t out_;
 };
 

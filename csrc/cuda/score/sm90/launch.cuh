@@ -26,8 +26,9 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   p.q_map = make_tensor_map(kScoreOp, s.q_proxy, s.dtype,
                             {ceil_div(s.q_len, s.stride), s.head_dim, s.proxy_heads, s.batch},
                             s.q_proxy_strides, {kGroupRows, kBoxes});
-  p.keys = make_key_maps(kScoreOp, s.k_proxy, s.dtype,
-                         {plan.num_keys(), s.head_dim, s.proxy_heads, s.batch}, s.k_proxy_strides);
+  p.keys =
+      make_key_maps(kScoreOp, s.k_proxy, s.dtype,
+                    {plan.num_keys(), s.head_dim, s.key_proxy_heads, s.batch}, s.k_proxy_strides);
   p.peak = s.peak;
   p.mass = s.mass;
   auto* scratch = static_cast<std::byte*>(s.workspace);
@@ -38,9 +39,10 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   };
   p.block_max = reinterpret_cast<float*>(take(plan.block_bytes()));
   if (s.mass != nullptr) p.block_lse = reinterpret_cast<float*>(take(plan.block_bytes()));
-  p.chunk_lse = reinterpret_cast<float*>(take(plan.lse_bytes()));
+  p.stretch_lse = reinterpret_cast<float*>(take(plan.lse_bytes()));
   p.next_item = reinterpret_cast<int32_t*>(take(plan.counter_bytes()));
   p.proxy_heads = static_cast<int>(s.proxy_heads);
+  p.key_sharers = static_cast<int>(s.proxy_heads / s.key_proxy_heads);
   p.chunk_shift = static_cast<int>(plan.chunk_shift());
   p.first_row = static_cast<int>(plan.first_row());
   p.num_rows = static_cast<int>(plan.num_rows());

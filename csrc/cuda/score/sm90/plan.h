@@ -6,6 +6,7 @@
 #include "proxyattn/score.h"
 
 #include "common/math.h"
+#include "cuda/sm90/logit_config.h"
 
 namespace proxyattn::cuda::sm90 {
 
@@ -45,10 +46,12 @@ class ScorePlan {
     }
   }
 
-  // Scratch: block_max, block_lse with mass, chunk_lse, and the passes' counters. A bound: of all
+  // Scratch: block_max, block_lse with mass, stretch_lse, and the passes' counters. A bound: of all
   // ranges of as many query blocks the last must need the most, whatever their shares are.
   int64_t block_bytes() const { return max_slots_ * slot_block_bytes_; }
-  int64_t lse_bytes() const { return max_slots_ * tile_rows_ * int64_t{sizeof(float)}; }
+  int64_t lse_bytes() const {
+    return (max_places() / kStretchTiles) * tile_rows_ * int64_t{sizeof(float)};
+  }
   int64_t counter_bytes() const { return max_passes_ * int64_t{sizeof(int32_t)}; }
   int64_t workspace_bytes() const {
     return (with_mass_ ? 2 : 1) * block_bytes() + lse_bytes() + counter_bytes();

@@ -1,8 +1,10 @@
 // What the sm90 score kernels are told, and how their work is cut up.
 //
 // A pass works on a range of row tiles of a range of lists. Of a row tile of sampled queries it
-// computes each chunk of sampled keys that some row of it sees. Chunks begin at multiples of their
-// length, so that nothing about a row depends on the rows that are computed with it.
+// computes each chunk of sampled keys that some row of it sees. A chunk is one stretch of keys or
+// several: stretches begin at multiples of one length, and each has sums of its own, so that a
+// row's bits depend on its query and the keys that it sees alone. How many make up a chunk is a
+// matter of how much work there is to share out.
 //
 // A row tile's chunk leaves what it finds in a slot of scratch. Slots are numbered list by list,
 // row tiles of a list from the last (the longest when causal) to the first, then chunk by chunk; in
@@ -24,18 +26,19 @@ inline constexpr int64_t kBlockUnit = 64;  // tokens; divides every block size
 
 struct ScoreProblem {
   CUtensorMap q_map;  // [batch, proxy_heads, head_dim / 64, sampled queries, 64], 64 rows
-  KeyMaps keys;       // [batch, proxy_heads, sampled keys, head_dim]
+  KeyMaps keys;       // [batch, key proxies, sampled keys, head_dim]
 
   float* peak;             // [lists, q_blocks, kv_blocks]
   float* mass;             // the same; null: not wanted
   float* block_max;        // [slots, key tiles of a chunk, row groups, values], see cells.cuh
   float* block_lse;        // the same; null with mass
-  float* chunk_lse;        // [slots, rows of a tile], base 2
+  float* stretch_lse;      // [slots, stretches of a chunk, rows of a tile], base 2
   int32_t* next_item;      // items handed out beyond the first of each thread block
   const int32_t* budgets;  // [lists, heads_per_list]: see ScoreParams; null: all rows are scored
 
   int proxy_heads;
-  int first_list;  // of the pass
+  int key_sharers;  // proxies that are scored with one key proxy
+  int first_list;   // of the pass
   int num_lists;
   int first_row_tile;  // of the pass
   int num_row_tiles;   // of the pass, in each list
@@ -86,6 +89,7 @@ struct ScoreProblem {
   PROXYATTN_HOST_DEVICE int num_chunks(int row_tile) const {
     return (visible_tiles(row_tile) + chunk_tiles() - 1) >> chunk_shift;
   }
+  PROXYATTN_HOST_DEVICE int chunk_stretches() const { return chunk_tiles() / kStretchTiles; }
 };
 
 }  // namespace proxyattn::cuda::sm90

@@ -1,0 +1,85 @@
+#include <limits>
+
+#include "proxyattn/needs.h"
+
+#include "common/block_grid.h"
+#include "common/math.h"
+#include "common/validate.h"
+#include "cuda/common/launch.h"
+#include "cuda/common/limits.h"
+#include "cuda/needs/count_blocks_kernel.cuh"
+#include "cuda/needs/dispatch.h"
+#include "cuda/needs/fill_kernel.cuh"
+#include "cuda/needs/layout.h"
+#include "cuda/needs/row_mass_kernels.cuh"
+#include "cuda/needs/share_kernel.cuh"
+
+namespace proxyattn::cuda {
+namespace {
+
+template <int kItems>
+void launch_count(const CountProblem& problem, int64_t heads, Stream stream) {
+  LaunchShape shape{heads};
+  shape.threads = kCountThreads;
+  shape.shared_bytes = sizeof(typename BlockCounter<kItems>::Shared);
+  static_assert(sizeof(typename BlockCounter<kItems>::Shared) <= kPortableSharedBytes);
+  launch<count_blocks_kernel<kItems>>("estimate_budgets", shape, stream, problem);
+}
+
+void count_blocks(const NeedParams& params, const NeedLayout& layout, Stream stream) {
+  const CountProblem problem{layout.mass, params.budgets, static_cast<int>(layout.num_kv_blocks),
+                             params.gamma};
+  if (layout.num_kv_blocks <= BlockCounter<2>::kCapacity) {
+    launch_count<2>(problem, layout.heads, stream);
+  } else if (layout.num_kv_blocks <= BlockCounter<8>::kCapacity) {
+    launch_count<8>(problem, layout.heads, stream);
+  } else {
+    static_assert(BlockCounter<32>::kCapacity == kMaxCudaKvBlocks);
+    launch_count<32>(problem, layout.heads, stream);
+  }
+}
+
+void find_shares(const NeedParams& params, const NeedLayout& layout, Stream stream) {
+  const BlockGrid grid{params.q_len,    params.kv_len,   params.q_block,
+                       params.kv_block, params.q_offset, params.causal};
+  const ShareProblem problem{
+      layout.mass, params.shares, layout.num_kv_blocks,
+      ForcedBlocks(grid, grid.last_queries(), params.num_sink_blocks, params.num_local_blocks)};
+  LaunchShape shape{layout.heads};
+  shape.threads = kShareThreads;
+  launch<share_kernel>("estimate_shares", shape, stream, problem);
+}
+
+template <typename T>
+void fill(const NeedParams& params, T* values, T value, Stream stream) {
+  const int64_t count = params.batch * params.q_heads;
+  LaunchShape shape{ceil_div<int64_t>(count, kFillThreads)};
+  shape.threads = kFillThreads;
+  launch<fill_kernel<T>>(needs_op(params), shape, stream, values, count, value);
+}
+
+}  // namespace
+
+void launch_conclude(const NeedParams& params, Stream stream) {
+  const char* op = needs_op(params);
+  const NeedLayout layout(params);
+  LaunchShape parts{layout.heads * layout.num_parts};
+  parts.threads = kMassThreads;
+  launch<part_lse_kernel>(op, parts, stream, layout);
+  launch<block_mass_kernel>(op, parts, stream, layout);
+  if (params.mode == BudgetMode::kLastBlock) {
+    count_blocks(params, layout, stream);
+  } else {
+    find_shares(params, layout, stream);
+  }
+}
+
+void launch_trivial(const NeedParams& params, int32_t budget, Stream stream) {
+  if (params.mode == BudgetMode::kLastBlock) {
+    fill(params, params.budgets, budget, stream);
+  } else {
+    fill(params, params.shares, std::numeric_limits<float>::quiet_NaN(), stream);
+  }
+}
+
+}  // namespace proxyattn::cuda

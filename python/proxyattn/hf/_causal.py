@@ -1,0 +1,260 @@
+"""Causal calls: told apart from others by their mask's arguments, and handed on without a mask.
+
+transformers makes a mask once per forward pass and gives it to every layer. Where it would hold
+nothing but causal sequences, the hook's mask function sends a *sign* in its place, an int32 tensor
+(which no mask is) of four dimensions, like a mask:
+
+- ``[0, seen, q_len, kv_len]``, empty: each row is one causal sequence of ``seen`` tokens, the
+  queries being its last ones. Behind them a static cache may have room for more. Models that cut
+  queries or keys cut the sign like a mask, and it stays right.
+- ``[B or 1, 1, 1, kv_len]`` on the CPU, for padded prompts: the number of the sequence that a key
+  belongs to, from 1 up; 0 is padding, and -1 what a static cache holds no token for. ``torch.compile``
+  can't look into a mask, so there every prompt with a mask gets this form.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers.masking_utils import causal_mask_function
+
+_PADDING, _FIRST_SEQUENCE, _NO_TOKEN = 0, 1, -1
+
+
+class Causal(NamedTuple):
+    """What a sign says."""
+
+    q_len: int | None  # None where only the call's queries say it
+    kv_len: int
+    seen: int  # tokens up to the last query
+    sequences: Tensor | None  # int32 [B or 1, kv_len] on the CPU; None: all one sequence
+
+
+# ---- from the arguments of a mask to its sign
+
+
+def causal_sign(
+    *,
+    q_length: int | None = None,
+    kv_length: int | None = None,
+    q_offset: int | Tensor | None = None,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    **others,
+) -> Tensor | None:
+    """The sign of a mask with these arguments of ``sdpa_mask``, or None if it needs the mask."""
+    if q_length is None or kv_length is None or q_offset is None or q_length == 1:
+        return None
+    if isinstance(kv_offset, Tensor) or kv_offset != 0:
+        return None
+    if attention_mask is not None and attention_mask.dim() != 2:
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not _is_causal(mask_function, local_size, kv_length, allow_is_causal_skip):
+        # Compiled code doesn't know whether sequences are packed, and has a mask that looks for it.
+        whole = attention_mask is None and q_length == kv_length and not use_vmap
+        if not (compiling and whole and local_size is None):
+            return None
+        sequences = _packed_sequences(mask_function, batch_size, kv_length, device)
+        return None if sequences is None else sequences[:, None, None]
+    readable = not compiling
+    if isinstance(q_offset, Tensor) and readable:
+        q_offset = int(q_offset)
+    seen = q_offset + q_length
+    if not isinstance(seen, Tensor):
+        if seen > kv_length:
+            return None
+        plain = (0, seen, q_length, kv_length)
+        if attention_mask is None:
+            return torch.empty(plain, dtype=torch.int32, device=device)
+    sequences = _real_tokens(attention_mask, seen, kv_length)
+    if readable and bool((sequences[:, :seen] == _FIRST_SEQUENCE).all()):
+        return torch.empty(plain, dtype=torch.int32, device=device)
+    return sequences[:, None, None]
+
+
+def _is_causal(
+    mask_function: Callable | None, local_size: int | None, kv_len: int, may_skip: bool
+) -> bool:
+    """Whether the mask hides later tokens and, but for padding, nothing else.
+
+    ``may_skip`` is what transformers grants a causal mask without additions. Windows and chunks
+    that hold all keys hide none of them.
+    """
+    if not may_skip:
+        return False
+    return mask_function is causal_mask_function if local_size is None else kv_len <= local_size
+
+
+def _real_tokens(attention_mask: Tensor | None, seen: int | Tensor, kv_len: int) -> Tensor:
+    if attention_mask is None:
+        sequences = torch.full((1, kv_len), _FIRST_SEQUENCE, dtype=torch.int32)
+    else:
+        # As transformers reads a mask that is too short or too long.
+        given = attention_mask[:, :kv_len].to("cpu", torch.int32)
+        missing = kv_len - given.shape[1]
+        sequences = torch.nn.functional.pad(given, (0, missing), value=_PADDING)
+    if isinstance(seen, Tensor):
+        seen = seen.cpu()
+    return torch.where(torch.arange(kv_len) < seen, sequences, _NO_TOKEN)
+
+
+_NOT_LATER, _SAME_SEQUENCE = torch.Tensor.le, torch.Tensor.__eq__
+_JOINING = (
+    torch.Tensor.__and__,
+    torch.Tensor.__getitem__,
+    torch.Tensor.new_ones,
+    torch.Tensor.to,
+    torch.Tensor.device.__get__,
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Tells a causal mask of packed sequences by the operations that it is made of: "not later" and
+    "same sequence", looked up and joined by and. Windows subtract, blocks whose tokens all see each
+    other are joined by or."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = self.same = self.others = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is _NOT_LATER:
+            self.order = True
+        elif function is _SAME_SEQUENCE:
+            self.same = True
+        elif function not in _JOINING:
+            self.others = True
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def saw_packed_causal(self) -> bool:
+        return self.order and self.same and not self.others
+
+
+def _packed_sequences(
+    mask_function: Callable, batch: int, length: int, device: torch.device | str
+) -> Tensor | None:
+    """Sequence numbers int32 ``[batch, length]`` of a packed causal mask, None for any other.
+
+    Asks it of each token whether it sees the one before. A mask's formula can't be read in compiled
+    code, but it can be watched at work.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    tokens = torch.arange(length, device=device)[None]
+    later, earlier = tokens[:, 1:], tokens[:, :-1]
+    watch = _Watch()
+    with watch:
+        joined = mask_function(rows, 0, later, earlier)
+    if not watch.saw_packed_causal:
+        return None
+    breaks = torch.nn.functional.pad((~joined).int(), (1, 0))
+    return (_FIRST_SEQUENCE + breaks.cumsum(1, dtype=torch.int32)).to("cpu")
+
+
+# ---- from the sign to what attention needs
+
+
+def read_sign(mask: Tensor | None) -> Causal | None:
+    """What the sign says, None for a mask."""
+    if mask is None or mask.dtype != torch.int32:
+        return None
+    batch, seen, q_len, kv_len = mask.shape
+    if batch == 0:
+        return Causal(q_len, kv_len, seen, None)
+    sequences = mask[:, 0, 0].to("cpu")
+    if torch.compiler.is_compiling():
+        seen = kv_len  # the most that it can be
+    else:
+        seen = int((sequences[0] != _NO_TOKEN).sum())
+    return Causal(None, kv_len, seen, sequences)
+
+
+def dense_mask(causal: Causal, q_len: int, device: torch.device) -> Tensor | None:
+    """The mask that SDPA would have got: bool ``[B or 1, 1, q_len, keys]``, or None.
+
+    Keys are the ``seen`` first, or all where the call says which sequence they belong to.
+    """
+    if causal.sequences is None:
+        if q_len == causal.seen:
+            return None
+        ones = torch.ones(q_len, causal.seen, dtype=torch.bool, device=device)
+        return ones.tril(causal.seen - q_len)[None, None]
+    keys = causal.sequences.to(device)
+    num_tokens = (keys[:1] != _NO_TOKEN).sum()
+    positions = torch.arange(q_len, device=device) + num_tokens - q_len
+    queries = keys[:, positions]
+    earlier = torch.arange(causal.kv_len, device=device) <= positions[:, None]
+    # A padded query sees what stands before it, as with transformers' own mask.
+    padded = (queries == _PADDING)[:, :, None]
+    same = (queries[:, :, None] == keys[:, None]) | padded
+    return (earlier & same & (keys > _PADDING)[:, None])[:, None]
+
+
+def attend_by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Tensor, attend: Callable[..., Tensor]
+) -> Tensor:
+    """Causal attention inside each sequence; padded queries get zeros.
+
+    Rows that agree on their sequences run together, others one after another.
+
+    Args:
+        q: ``[B, M, Hq, D]``.
+        k: ``[B, kv_len, Hkv, D]``.
+        v: ``[B, kv_len, Hkv, D]``.
+        sequences: int32 ``[B or 1, kv_len]`` on the CPU, as in the sign.
+        attend: causal attention of q, k and v, to ``[B, M, Hq, D]``.
+    """
+    seen = int((sequences[0] != _NO_TOKEN).sum())
+    sequences = sequences[:, :seen]
+    first_query = seen - q.shape[1]
+    out = None
+    for rows, numbers in _alike(sequences):
+        for number in range(_FIRST_SEQUENCE, int(numbers.max()) + 1):
+            tokens = (numbers == number).nonzero()[:, 0]
+            keys, queries = _span(tokens), _span(tokens[tokens >= first_query] - first_query)
+            inputs = (x[rows][:, where] for x, where in ((q, queries), (k, keys), (v, keys)))
+            query, key, value = inputs
+            if query.shape[1] == 0:
+                continue
+            attended = attend(query, key, value)
+            if attended.shape == q.shape:
+                return attended  # one sequence, all of the queries
+            if out is None:
+                out = attended.new_zeros(q.shape)
+            out[_with_columns(rows, queries)] = attended
+    return torch.zeros_like(q) if out is None else out
+
+
+def _alike(sequences: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """Rows with the same numbers, and the numbers; one row stands for all."""
+    if sequences.shape[0] == 1:
+        yield slice(None), sequences[0]
+        return
+    rows: dict[bytes, list[int]] = {}
+    for row, numbers in enumerate(sequences.numpy()):
+        rows.setdefault(numbers.tobytes(), []).append(row)
+    for group in rows.values():
+        yield _span(torch.tensor(group)), sequences[group[0]]
+
+
+def _span(places: Tensor) -> slice | Tensor:
+    """Ascending places, as a slice if there are no gaps: slices are views, the others copies."""
+    if places.numel() == 0:
+        return slice(0, 0)
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first + 1 == places.numel() else places
+
+
+def _with_columns(rows: slice | Tensor, columns: slice | Tensor) -> tuple:
+    """An index of both; two lists of places would be paired up."""
+    both_lists = isinstance(rows, Tensor) and isinstance(columns, Tensor)
+    return (rows[:, None] if both_lists else rows, columns)
