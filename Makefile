@@ -7,7 +7,8 @@
 #   make lint | format            check the style, or put it right
 #   make clean                    forget everything that was built and installed
 #
-# Variables: PYTHON, VENV, CUDA=auto|on|off, TORCH (a pip requirement), PIP_TORCH_ARGS.
+# Variables: PYTHON, VENV, CUDA=auto|on|off, TORCH (a pip requirement), PIP_TORCH_ARGS (arguments of
+# the pip that installs torch).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,12 +26,19 @@ ifeq ($(CUDA),on)
   TORCH ?= torch>=2.13
   PIP_TORCH_ARGS ?=
 else ifeq ($(CUDA),off)
-  # torch's own index has builds without CUDA, a tenth of the size.
   TORCH ?= torch==2.13.0
-  PIP_TORCH_ARGS ?= --extra-index-url https://download.pytorch.org/whl/cpu
+  PIP_TORCH_ARGS ?= auto
 else
   $(error CUDA must be auto, on or off, got $(CUDA))
 endif
+
+# torch's own index has builds without CUDA, a tenth of the size. It is asked once whether it can be
+# reached: pip would wait for it again and again, for every package.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+REACH_CPU_INDEX = timeout 4 $(BIN)/python -c \
+  'import urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch/", timeout=3)' 2>/dev/null
+CPU_INDEX_ARGS = $$($(REACH_CPU_INDEX) && echo --extra-index-url $(CPU_INDEX) || \
+  echo "going on without $(CPU_INDEX), which did not answer" >&2)
 
 BUILD_TOOLS := setuptools>=64 wheel pybind11>=2.12 ninja cmake>=3.24
 LINT_TOOLS := ruff==0.17.6 clang-format==19.1.7
@@ -49,7 +57,7 @@ export PROXYATTN_TESTS := ON
 export PROXYATTN_BENCH := ON
 unexport PYTHONPATH
 
-.PHONY: run test bench install lint format clean FORCE
+.PHONY: run test bench install cpu-index-args lint format clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -79,7 +87,7 @@ $(VENV)/wanted: $(BIN)/python FORCE
 
 $(VENV)/torch: $(VENV)/wanted
 	$(PIP) install --quiet $(BUILD_TOOLS:%='%')
-	$(PIP) install '$(TORCH)' $(PIP_TORCH_ARGS)
+	$(PIP) install '$(TORCH)' $(if $(filter auto,$(PIP_TORCH_ARGS)),$(CPU_INDEX_ARGS),$(PIP_TORCH_ARGS))
 	touch $@
 
 # The list of files, so that one taken away counts as a change too.
@@ -96,6 +104,10 @@ $(VENV)/installed: $(VENV)/torch $(VENV)/sources $(SOURCES)
 $(VENV)/lint: $(BIN)/python Makefile
 	$(PIP) install --quiet $(LINT_TOOLS)
 	touch $@
+
+# What the pip that installs a torch without CUDA is told of its index.
+cpu-index-args: $(BIN)/python
+	@echo "$(CPU_INDEX_ARGS)"
 
 # ---- style
 

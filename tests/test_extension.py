@@ -37,15 +37,14 @@ def spoil(package, made_for):
     """Puts an extension there that can't be loaded, built for a torch of this version."""
     file = find_extension(str(PACKAGE))
     data = file.read_bytes().replace(
-        b"made for torch %s.\0" % _C.torch_version.encode(),
-        b"made for torch %s.\0" % made_for.encode(),
+        b"made for torch %s\0" % _C.torch_version.encode(),
+        b"made for torch %s\0" % made_for.encode(),
     )
     (package / file.name).write_bytes(b"spoiled" + data)
 
 
 def test_the_file_tells_what_torch_it_was_made_for():
     assert torch_made_for(find_extension(str(PACKAGE))) == _C.torch_version
-    assert _C.torch_version in _C.__doc__
 
 
 def test_no_extension(copied):

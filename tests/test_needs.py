@@ -65,6 +65,16 @@ def test_literal_equal_keys(device):
         assert budgets.tolist() == [[blocks, blocks]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_literal_exact_tie(device, dtype):
+    """Equal blocks: sums and halves of one number are exact, so that half of them hold gamma .5 to
+    the last bit. What is reached need not be passed."""
+    for num_blocks in (2, 4, 8):
+        q = k = torch.zeros(1, num_blocks * 64, 1, 64, dtype=dtype, device=device)
+        budgets = proxyattn.estimate_budgets(q, k, 0.5, 64, causal=False)
+        assert budgets.tolist() == [[num_blocks // 2]]
+
+
 def test_literal_causal(device):
     """64 queries at positions 64 to 127, all keys equal. Query i puts 64 / (i + 1) on block 0: on
     average 64 * (1/65 + ... + 1/128) / 64 = H(128) - H(64) = 0.68925."""

@@ -3,6 +3,7 @@
 import proxyattn
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_mode
 from arguments import (
     OPS,
     PIPELINES,
@@ -53,15 +54,19 @@ def test_cpu_among_cuda_tensors(cuda, op):
         )
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_refuses_to_be_differentiated(device, op):
-    arguments = all_tensors(op, device)
-    floats = [
+def floats(arguments):
+    """The names of those that could have a derivative."""
+    return [
         name
         for name, value in arguments.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point()
     ]
-    for name in floats:
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_to_be_differentiated(device, op):
+    arguments = all_tensors(op, device)
+    for name in floats(arguments):
         changed = {**arguments, name: arguments[name].clone().requires_grad_()}
         with pytest.raises(RuntimeError) as error:
             getattr(proxyattn, op)(**changed)
@@ -73,6 +78,44 @@ def test_refuses_to_be_differentiated(device, op):
             getattr(proxyattn, op)(**changed)
         with torch.inference_mode():
             getattr(proxyattn, op)(**arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refuses_to_be_differentiated_forward(device, op):
+    """With or without grad mode, which is the other mode's."""
+    arguments = all_tensors(op, device)
+    for name in floats(arguments):
+        value = arguments[name]
+
+        def call(x, name=name):
+            return getattr(proxyattn, op)(**{**arguments, name: x})
+
+        message = (
+            f"{op}: {name} must not carry a tangent, there is no forward-mode derivative; detach "
+            "the tensor"
+        )
+        with pytest.raises(RuntimeError) as error:
+            torch.func.jvp(call, (value,), (torch.ones_like(value),))
+        assert message_of(error) == message
+        with forward_mode.dual_level():
+            dual = forward_mode.make_dual(value, torch.ones_like(value))
+            with torch.no_grad(), pytest.raises(RuntimeError) as error:
+                call(dual)
+            assert message_of(error) == message
+            call(dual.detach())
+
+
+def test_constants_of_a_differentiated_function(device):
+    """What carries no tangent passes through."""
+    arguments = good_arguments("proxy_attention", device)
+    want = proxyattn.proxy_attention(**arguments)
+
+    def scaled(factor):
+        return proxyattn.proxy_attention(**arguments) * factor
+
+    one = torch.ones((), dtype=torch.bfloat16, device=device)
+    out, tangent = torch.func.jvp(scaled, (one,), (one,))
+    assert torch.equal(out, want) and torch.equal(tangent, want)
 
 
 def bad_lists():
@@ -105,17 +148,29 @@ def test_lists_out_of_range_on_the_cpu(name, value, message):
     assert message_of(error) == f"block_sparse_attention: {message}"
 
 
+def checked_calls(arguments):
+    """Every way to attend over lists that PROXYATTN_CHECK reaches."""
+    values = list(arguments.values())
+    op = torch.ops.proxyattn.block_sparse_attention
+    return [
+        lambda: proxyattn.block_sparse_attention(**arguments),
+        lambda: op(*values, True, None, False),
+        lambda: torch.compile(op, backend="aot_eager")(*values, True, None, False),
+    ]
+
+
 @pytest.mark.parametrize(("name", "value", "message"), bad_lists())
 def test_check_block_lists_out_of_range(device, monkeypatch, name, value, message):
     arguments = attention_with_lists(device)
     arguments[name].view(-1)[0] = value
     with pytest.raises(ValueError) as error:
         proxyattn.check_block_lists(arguments["indices"], arguments["counts"], 200, 64)
-    assert str(error.value) == f"block_sparse_attention: {message}"
+    assert message_of(error) == f"block_sparse_attention: {message}"
     monkeypatch.setenv("PROXYATTN_CHECK", "1")
-    with pytest.raises(ValueError) as error:
-        proxyattn.block_sparse_attention(**arguments)
-    assert str(error.value) == f"block_sparse_attention: {message}"
+    for call in checked_calls(arguments):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert message_of(error) == f"block_sparse_attention: {message}"
 
 
 def test_check_block_lists_duplicates(device, monkeypatch):
@@ -126,14 +181,16 @@ def test_check_block_lists_duplicates(device, monkeypatch):
     counts[1, 3, 0] = 3  # now a head of that list reads it
     with pytest.raises(ValueError) as error:
         proxyattn.check_block_lists(indices, counts, 200, 64)
-    assert str(error.value) == (
+    assert message_of(error) == (
         "block_sparse_attention: indices must be unique in each list, got 0 twice"
     )
     monkeypatch.setenv("PROXYATTN_CHECK", "1")
-    with pytest.raises(ValueError, match="unique in each list"):
+    for call in checked_calls(arguments):
+        with pytest.raises(ValueError, match="unique in each list"):
+            call()
+    for off in ("0", ""):
+        monkeypatch.setenv("PROXYATTN_CHECK", off)
         proxyattn.block_sparse_attention(**arguments)
-    monkeypatch.setenv("PROXYATTN_CHECK", "0")
-    proxyattn.block_sparse_attention(**arguments)
 
 
 def test_check_block_lists_takes_what_select_blocks_gives(device, monkeypatch):
@@ -144,6 +201,29 @@ def test_check_block_lists_takes_what_select_blocks_gives(device, monkeypatch):
     proxyattn.block_sparse_attention(**{**attention, "indices": indices, "counts": counts})
     empty = torch.zeros(0, 2, 2, 4, dtype=torch.int32, device=device)
     proxyattn.check_block_lists(empty, empty[:, :, :, 0].repeat(1, 2, 1), 200, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"kv_len": -1}, ValueError, "kv_len must be at least 0, got kv_len=-1"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1, got block_size=0"),
+        ({"counts": torch.zeros(2, 4, 2)}, TypeError, "counts must have dtype int32, got float32"),
+        (
+            {"indices": torch.zeros(2, 3, 2, 4, dtype=torch.int32)},
+            ValueError,
+            "indices must hold lists for a number of heads that divides q_heads, got "
+            "indices.size(1)=3, q_heads=4",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_check_block_lists_of_wrong_arguments(changes, kind, message):
+    lists = attention_with_lists("cpu")
+    arguments = {"indices": lists["indices"], "counts": lists["counts"], "kv_len": 200}
+    with pytest.raises(kind) as error:
+        proxyattn.check_block_lists(**{**arguments, **changes})
+    assert message_of(error) == f"block_sparse_attention: {message}"
 
 
 @pytest.mark.parametrize("change", [{"indices": "dim"}, {"counts": "dim"}, {"counts": "heads"}])

@@ -19,7 +19,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
                                   std::optional<double> scale,
                                   bool return_lse) {
   constexpr const char* kOp = "block_sparse_attention";
-  check_qkv(kOp, q, k, v);
+  check_qkv(kOp, q, k, v, causal);
   check_rank(kOp, "indices", indices, 4);
   check_dtype(kOp, "indices", indices, at::kInt);
   check_device(kOp, "indices", indices, "q", q);
@@ -48,6 +48,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   check_shape(kOp, "indices", indices,
               {params.batch, params.list_heads, params.rows.end, params.list_capacity});
   check_shape(kOp, "counts", counts, {params.batch, params.q_heads, params.rows.end});
+  if (wants_lists_checked()) check_block_lists(indices, counts, params.kv_len, block_size);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);

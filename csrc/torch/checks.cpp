@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
@@ -12,6 +13,42 @@ namespace {
 // As Python spells it: "float32".
 std::string name_of(at::ScalarType dtype) {
   return std::string(c10::getDtypeNames(dtype).first);
+}
+
+// A tensor's tokens and heads, as they are meant to be and exchanged.
+struct Tokens {
+  int64_t tokens;
+  int64_t heads;
+
+  explicit Tokens(const at::Tensor& tensor) : tokens(tensor.size(1)), heads(tensor.size(2)) {}
+  Tokens exchanged() const {
+    Tokens other = *this;
+    std::swap(other.tokens, other.heads);
+    return other;
+  }
+};
+
+bool fit(const Tokens& q, const Tokens& k, bool causal) {
+  return k.heads > 0 && q.heads % k.heads == 0 && (!causal || q.tokens <= k.tokens);
+}
+
+// [B, heads, tokens, D] is a shape like any other, so it is only known for what it is where the
+// shapes as given can't be right, and those with more tokens than heads after the exchange can.
+// With equal heads, or as many tokens as keys and no causal rule, both are right and nothing can be
+// known.
+void check_layout(const char* op, const at::Tensor& q, const at::Tensor& k, bool causal) {
+  const Tokens given_q(q), given_k(k);
+  if (fit(given_q, given_k, causal)) return;
+  const bool few_q = given_q.tokens < given_q.heads;
+  const bool few_k = given_k.tokens < given_k.heads;
+  const char* rule = " must have shape [batch, tokens, heads, head_dim], got ";
+  TORCH_CHECK_VALUE(!few_q || !few_k || !fit(given_q.exchanged(), given_k.exchanged(), causal), op,
+                    ": q and k", rule, q.sizes(), " and ", k.sizes(),
+                    ", which fit as [batch, heads, tokens, head_dim]");
+  TORCH_CHECK_VALUE(!few_k || !fit(given_q, given_k.exchanged(), causal), op, ": k", rule,
+                    k.sizes(), ", which fits q as [batch, heads, tokens, head_dim]");
+  TORCH_CHECK_VALUE(!few_q || !fit(given_q.exchanged(), given_k, causal), op, ": q", rule,
+                    q.sizes(), ", which fits k as [batch, heads, tokens, head_dim]");
 }
 
 }  // namespace
@@ -84,17 +121,22 @@ void check_heads_tensor(const char* op, const char* name, const at::Tensor& tens
                     tensor.strides());
 }
 
-void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k) {
+void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k, bool causal) {
   check_heads_tensor(op, "q", q);
   check_heads_tensor(op, "k", k);
   check_same(op, "k", k, "q", q);
   check_shape(op, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
+  check_layout(op, q, k, causal);
 }
 
-void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-  check_qk(op, q, k);
+void check_qkv(
+    const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal) {
+  check_qk(op, q, k, causal);
   check_heads_tensor(op, "v", v);
   check_same(op, "v", v, "q", q);
+  TORCH_CHECK_VALUE(v.sizes() == k.sizes() || v.sizes() != k.transpose(1, 2).sizes(), op,
+                    ": v must have the layout of k, [batch, tokens, heads, head_dim], got shape ",
+                    v.sizes(), " with k of shape ", k.sizes());
   check_shape(op, "v", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
 }
 

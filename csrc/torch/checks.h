@@ -44,8 +44,10 @@ void check_input(const char* op,
 void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor);
 
 // q and k, or q, k and v as attention takes them: each a heads tensor, shapes that fit together.
-void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k);
-void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+// Where they only fit with tokens and heads exchanged, the error says so.
+void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k, bool causal);
+void check_qkv(
+    const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool causal);
 
 DType dtype_of(const at::Tensor& tensor);
 TokenStrides strides_of(const at::Tensor& tensor);

@@ -1,5 +1,5 @@
 // Every schema of torch.ops.proxyattn, and what they dispatch to.
-#include <ATen/core/grad_mode.h>
+#include <c10/core/AutogradState.h>
 #include <torch/library.h>
 
 #include "ops.h"
@@ -7,20 +7,27 @@
 namespace proxyattn::binding {
 namespace {
 
-// There is no backward: an input that would need one is refused, everything else passes through.
-void refuse_backward(const c10::OperatorHandle& op,
-                     c10::DispatchKeySet keys,
-                     torch::jit::Stack* stack) {
-  if (c10::GradMode::is_enabled()) {
-    const std::size_t num_arguments = op.schema().arguments().size();
-    for (std::size_t i = 0; i < num_arguments; ++i) {
-      const c10::IValue& value = torch::jit::peek(*stack, i, num_arguments);
-      TORCH_CHECK(!value.isTensor() || !value.toTensor().requires_grad(),
-                  op.schema().operator_name().name.substr(sizeof("proxyattn::") - 1), ": ",
-                  op.schema().arguments()[i].name(),
-                  " must not require grad, there is no backward; call it under torch.no_grad() or "
-                  "detach the tensor");
-    }
+constexpr uint64_t kForwardLevel = 0;  // the only one that torch has
+
+// There is no derivative of either mode: an input that would need one is refused, everything else
+// passes through.
+void refuse_derivatives(const c10::OperatorHandle& op,
+                        c10::DispatchKeySet keys,
+                        torch::jit::Stack* stack) {
+  const c10::AutogradState& state = c10::AutogradState::get_tls_state();
+  const auto& arguments = op.schema().arguments();
+  const auto name = op.schema().operator_name().name.substr(sizeof("proxyattn::") - 1);
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    const c10::IValue& value = torch::jit::peek(*stack, i, arguments.size());
+    if (!value.isTensor()) continue;
+    const at::Tensor& tensor = value.toTensor();
+    TORCH_CHECK(!state.get_grad_mode() || !tensor.requires_grad(), name, ": ", arguments[i].name(),
+                " must not require grad, there is no backward; call it under torch.no_grad() or "
+                "detach the tensor");
+    TORCH_CHECK(!state.get_fw_grad_mode() || !tensor._fw_grad(kForwardLevel).defined(), name, ": ",
+                arguments[i].name(),
+                " must not carry a tangent, there is no forward-mode derivative; detach the "
+                "tensor");
   }
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
@@ -36,6 +43,7 @@ void register_kernels(torch::Library& library) {
   library.impl("estimate_budgets", estimate_budgets);
   library.impl("estimate_shares", estimate_shares);
   library.impl("select_blocks", select_blocks);
+  library.impl("_check_block_lists", check_block_lists);
   library.impl("block_sparse_attention", block_sparse_attention);
   library.impl("choose_blocks", choose_blocks);
   library.impl("proxy_attention", proxy_attention);
@@ -61,6 +69,8 @@ TORCH_LIBRARY(proxyattn, library) {
       "int num_heads, int block_size, bool causal, str budget_mode, float gamma, int min_budget, "
       "int num_sink_blocks, int num_local_blocks) -> (Tensor indices, Tensor counts)");
   library.def(
+      "_check_block_lists(Tensor indices, Tensor counts, int kv_len, int block_size) -> ()");
+  library.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
       "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)");
   library.def(
@@ -84,7 +94,7 @@ TORCH_LIBRARY_IMPL(proxyattn, CUDA, library) {
 
 TORCH_LIBRARY_IMPL(proxyattn, Autograd, library) {
   for (const char* op : kOps) {
-    library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_backward>());
+    library.impl(op, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
   }
 }
 

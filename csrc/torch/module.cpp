@@ -8,6 +8,9 @@ namespace py = pybind11;
 
 namespace {
 
+// Where _extension.py looks for it when the file can't be loaded.
+[[gnu::used]] const char kMadeFor[] = "proxyattn made for torch " PROXYATTN_TORCH_VERSION;
+
 py::dict config_of(const proxyattn::KernelConfig& config) {
   py::dict row;
   row["device"] = config.device;
@@ -29,8 +32,7 @@ py::list supported_configs() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  // _extension.py looks for these words in the file when it can't be loaded.
-  module.doc() = "Facts about this build of proxyattn, made for torch " PROXYATTN_TORCH_VERSION ".";
+  module.doc() = "Facts about this build of proxyattn.";
   module.attr("version") = PROXYATTN_VERSION;
   module.attr("torch_version") = PROXYATTN_TORCH_VERSION;
 #ifdef PROXYATTN_WITH_CUDA

@@ -17,7 +17,7 @@ NeedParams need_params(const char* op,
                        int64_t block_size,
                        bool causal,
                        std::optional<double> scale) {
-  check_qk(op, q, k);
+  check_qk(op, q, k, causal);
   NeedParams params{};
   params.batch = q.size(0);
   params.q_len = q.size(1);

@@ -56,6 +56,15 @@ TensorPair select_blocks(const at::Tensor& peak,
                          int64_t num_sink_blocks,
                          int64_t num_local_blocks);
 
+// PROXYATTN_CHECK in the environment asks every call of block_sparse_attention for the check below.
+bool wants_lists_checked();
+// Counts are in [0, capacity], and the entries that they cover are key blocks, each once in a list.
+// Copies a list at a time to the host.
+void check_block_lists(const at::Tensor& indices,
+                       const at::Tensor& counts,
+                       int64_t kv_len,
+                       int64_t block_size);
+
 TensorPair block_sparse_attention(const at::Tensor& q,
                                   const at::Tensor& k,
                                   const at::Tensor& v,

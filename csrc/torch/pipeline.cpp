@@ -88,7 +88,7 @@ TensorPair choose_blocks(const at::Tensor& q,
                          const std::optional<at::Tensor>& shares,
                          std::optional<int64_t> max_workspace_bytes) {
   constexpr const char* kOp = "choose_blocks";
-  check_qk(kOp, q, k);
+  check_qk(kOp, q, k, causal);
   const std::optional<at::Tensor> head_shares = checked_shares(kOp, shares, q);
   PipelineParams params = pipeline_params(
       kOp, q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, budget_mode,
@@ -129,7 +129,7 @@ TensorPair proxy_attention(const at::Tensor& q,
                            bool return_lse,
                            std::optional<int64_t> max_workspace_bytes) {
   constexpr const char* kOp = "proxy_attention";
-  check_qkv(kOp, q, k, v);
+  check_qkv(kOp, q, k, v, causal);
   const std::optional<at::Tensor> head_shares = checked_shares(kOp, shares, q);
   PipelineParams params = pipeline_params(
       kOp, q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, budget_mode,

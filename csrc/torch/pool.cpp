@@ -15,7 +15,7 @@ TensorPair pool_heads(const at::Tensor& q,
                       int64_t stride,
                       std::string_view pooling) {
   constexpr const char* kOp = "pool_heads";
-  check_qk(kOp, q, k);
+  check_qk(kOp, q, k, /*causal=*/false);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);

@@ -4,8 +4,8 @@ import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
-# In the docstring of the extension, which is in its file as it stands.
-_MADE_FOR = re.compile(rb"made for torch ([^\x00]+)\.\x00")
+# Stands in module.cpp for this.
+_MADE_FOR = re.compile(rb"proxyattn made for torch ([^\x00]+)\x00")
 
 
 def find_extension(folder: str) -> Path | None:

@@ -5,12 +5,11 @@ any other strides; Hkv divides Hq; D is 64, 128 or 256. bfloat16 and float16 eve
 CPUs too. Causal attention is aligned bottom-right: query i stands at position N - M + i.
 
 All functions raise ValueError for a wrong value or shape, TypeError for a wrong dtype or device,
-RuntimeError if CUDA fails or if an input requires grad while grad mode is on: there is no backward.
+RuntimeError if CUDA fails, if an input requires grad while grad mode is on, or if one carries a
+forward-mode tangent: there is no derivative.
 The method is that of ProxyAttn, arXiv 2509.24745; ``pooling="mean"`` and ``budget_mode="top_p"``
 are this package's.
 """
-
-import os
 
 import torch
 from torch import Tensor
@@ -259,8 +258,8 @@ def block_sparse_attention(
     Lists come from :func:`select_blocks` or from any selector of your own. Entries of a list are
     unique and in any order; entries past the count are never read. The CPU refuses an index
     outside the key blocks; a GPU reads it as an empty block, since asking would cost a
-    synchronisation. Set ``PROXYATTN_CHECK=1`` in the environment to have
-    :func:`check_block_lists` run on every call.
+    synchronisation. With ``PROXYATTN_CHECK=1`` in the environment every call, of the op too, begins
+    with :func:`check_block_lists`.
 
     Args:
         q: ``[B, M, Hq, D]``.
@@ -277,8 +276,6 @@ def block_sparse_attention(
         ``out [B, M, Hq, D]`` in the dtype of q, and ``lse`` fp32 ``[B, Hq, M]``, natural log, or an
         empty tensor of shape ``[0]`` unless asked for. A query that sees nothing gets 0 and -inf.
     """
-    if os.environ.get("PROXYATTN_CHECK", "0") not in ("", "0"):
-        check_block_lists(indices, counts, k.shape[1], block_size)
     return torch.ops.proxyattn.block_sparse_attention(
         q, k, v, indices, counts, block_size, causal, scale, return_lse
     )
@@ -290,8 +287,8 @@ def check_block_lists(
     """Raises ValueError unless the lists are fit for :func:`block_sparse_attention`.
 
     Counts must lie in ``[0, C]``, and the entries that they cover must be unique and name key
-    blocks in ``[0, ceil(kv_len / block_size))``. For debugging: it waits for the device and needs
-    memory of several times the lists.
+    blocks in ``[0, ceil(kv_len / block_size))``. For debugging: it waits for the device and copies
+    the lists to the host.
 
     Args:
         indices: int32 ``[B, L, Mb, C]``.
@@ -299,40 +296,7 @@ def check_block_lists(
         kv_len: N, key tokens.
         block_size: 64 or 128 tokens.
     """
-    op = "block_sparse_attention"
-    for name, lists, rank in (("indices", indices, 4), ("counts", counts, 3)):
-        if lists.dim() != rank:
-            shape = list(lists.shape)
-            raise ValueError(f"{op}: {name} must have {rank} dimensions, got shape {shape}")
-    list_heads, q_heads = indices.shape[1], counts.shape[1]
-    if list_heads < 1 or q_heads % list_heads:
-        raise ValueError(
-            f"{op}: indices must hold lists for a number of heads that divides q_heads, got "
-            f"indices.size(1)={list_heads}, q_heads={q_heads}"
-        )
-    expected = [indices.shape[0], q_heads, indices.shape[2]]
-    if list(counts.shape) != expected:
-        raise ValueError(f"{op}: counts must have shape {expected}, got shape {list(counts.shape)}")
-    capacity = indices.shape[3]
-    bad = counts[(counts < 0) | (counts > capacity)]
-    if bad.numel():
-        raise ValueError(
-            f"{op}: counts must be in [0, {capacity}], the lists' capacity, got {int(bad[0])}"
-        )
-    num_kv_blocks = -(-kv_len // block_size)
-    longest = counts.unflatten(1, (list_heads, q_heads // list_heads)).amax(2)
-    used = torch.arange(capacity, device=indices.device) < longest[..., None]
-    bad = indices[used & ((indices < 0) | (indices >= num_kv_blocks))]
-    if bad.numel():
-        raise ValueError(
-            f"{op}: indices must name key blocks in [0, {num_kv_blocks}), got {int(bad[0])}"
-        )
-    # Unused places get distinct numbers past the blocks, so that only real repeats are equal.
-    filler = num_kv_blocks + torch.arange(capacity, device=indices.device)
-    ordered = torch.where(used, indices, filler).sort(dim=3).values
-    repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
-    if repeated.numel():
-        raise ValueError(f"{op}: indices must be unique in each list, got {int(repeated[0])} twice")
+    torch.ops.proxyattn._check_block_lists(indices, counts, kv_len, block_size)
 
 
 def choose_blocks(
