@@ -11,6 +11,10 @@ from inputs import DTYPES, HEAD_DIMS, LAYOUTS, LENGTHS, balanced, lay_out, name_
 from reference import attention as reference
 from tolerance import assert_close, assert_within, fp32_attention_errors
 
+#: (q_heads, kv_heads, list_heads) where neither the key heads nor the lists divide the other: heads
+#: that share a list do not all share their keys.
+NOT_NESTED = ((6, 2, 3), (6, 3, 2), (12, 6, 4), (12, 4, 6), (28, 4, 14), (24, 3, 4))
+
 #: Never read past a list's count, so anything may stand there.
 FILLERS = (-1, 2**31 - 1, -(2**31), 0)
 
@@ -124,6 +128,16 @@ def check(case, device):
 
 @pytest.mark.parametrize("case", cases(240, seed=1), ids=str)
 def test_reference(device, case):
+    check(case, device)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("heads", NOT_NESTED, ids=lambda heads: "x".join(map(str, heads)))
+def test_lists_that_do_not_nest(device, heads, block_size, head_dim):
+    """Every head reads its own list and its own keys, whatever else its neighbours share."""
+    lengths, dtype, layouts = (150, 521, True), torch.bfloat16, ("plain",) * 3
+    case = Case(2, lengths, heads, head_dim, block_size, "ragged", None, 1.0, dtype, layouts)
     check(case, device)
 
 

@@ -8,6 +8,8 @@
 
 namespace proxyattn {
 
+// Blocks are of 1 to 1024 tokens. Everything else may be any number, as lengths may come from where
+// nobody can check them: counts are never negative, places never outside, and nothing overflows.
 struct BlockGrid {
   int64_t q_len;
   int64_t kv_len;
@@ -16,19 +18,37 @@ struct BlockGrid {
   int64_t q_offset;  // position of query 0
   bool causal;
 
-  PROXYATTN_HOST_DEVICE int64_t num_q_blocks() const { return ceil_div(q_len, q_block); }
-  PROXYATTN_HOST_DEVICE int64_t num_kv_blocks() const { return ceil_div(kv_len, kv_block); }
+  PROXYATTN_HOST_DEVICE int64_t num_q_blocks() const { return ceil_div(tokens(q_len), q_block); }
+  PROXYATTN_HOST_DEVICE int64_t num_kv_blocks() const { return ceil_div(tokens(kv_len), kv_block); }
 
   // Positions of the first and the last query of block m.
-  PROXYATTN_HOST_DEVICE int64_t first_position(int64_t m) const { return q_offset + m * q_block; }
+  PROXYATTN_HOST_DEVICE int64_t first_position(int64_t m) const {
+    return offset() + clamp(m, 0, kManyBlocks) * q_block;
+  }
   PROXYATTN_HOST_DEVICE int64_t last_position(int64_t m) const {
-    return q_offset + min_of((m + 1) * q_block, q_len) - 1;
+    const int64_t end = (clamp(m, -1, kManyBlocks) + 1) * q_block;
+    return offset() + min_of(end, tokens(q_len)) - 1;
   }
 
   // Key blocks [0, visible) that query block m can see.
   PROXYATTN_HOST_DEVICE int64_t visible(int64_t m) const {
     if (!causal) return num_kv_blocks();
-    return min_of(last_position(m) / kv_block + 1, num_kv_blocks());
+    return ceil_div(clamp(last_position(m) + 1, 0, tokens(kv_len)), kv_block);
+  }
+
+ private:
+  // More tokens than there can be, few enough for a sum of some. So many blocks hold as many.
+  static constexpr int64_t kManyTokens = int64_t{1} << 60;
+  static constexpr int64_t kManyBlocks = int64_t{1} << 50;
+
+  static PROXYATTN_HOST_DEVICE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+    return min_of(max_of(value, low), high);
+  }
+  static PROXYATTN_HOST_DEVICE int64_t tokens(int64_t length) {
+    return clamp(length, 0, kManyTokens);
+  }
+  PROXYATTN_HOST_DEVICE int64_t offset() const {
+    return clamp(q_offset, -kManyTokens, kManyTokens);
   }
 };
 
@@ -62,12 +82,10 @@ struct ForcedBlocks {
                                      int64_t num_local_blocks)
       : visible(num_visible), local_begin(visible), num_sinks(0) {
     if (grid.causal && num_local_blocks > 0) {
-      const int64_t first = first_position / grid.kv_block;
-      // No more than there are, so that any number will do.
-      const int64_t before = min_of(num_local_blocks - 1, visible);
-      local_begin = min_of(visible, max_of<int64_t>(0, first - before));
+      const int64_t own = max_of<int64_t>(0, first_position) / grid.kv_block;
+      local_begin = min_of(visible, own - min_of(own, num_local_blocks - 1));
     }
-    num_sinks = min_of(num_sink_blocks, local_begin);
+    num_sinks = min_of(max_of<int64_t>(0, num_sink_blocks), local_begin);
   }
 
   PROXYATTN_HOST_DEVICE int64_t count() const { return visible - local_begin + num_sinks; }

@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "proxyattn/device.h"
 #include "proxyattn/error.h"
 
 #include "common/block_grid.h"
+#include "common/sharing.h"
 #include "common/validate.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -33,9 +33,7 @@ constexpr int64_t kMinTasksPerThread = 4;
 // Heads of one task, all of which read the same keys and the same list: as many as leave enough
 // tasks.
 int64_t heads_per_task(const AttentionParams& p) {
-  const int64_t heads_per_kv = p.q_heads / p.kv_heads;
-  const int64_t sharing =
-      p.indices == nullptr ? heads_per_kv : std::gcd(heads_per_kv, p.q_heads / p.list_heads);
+  const int64_t sharing = heads_sharing_list(p);
   const int64_t single_head_tasks = p.batch * p.q_heads * (p.rows.end - p.rows.begin);
   for (int64_t heads = kMaxTaskHeads; heads > 1; --heads) {
     const bool enough = single_head_tasks >= heads * kMinTasksPerThread * num_threads();

@@ -1,6 +1,8 @@
 // The geometry of blocks against its definition, key by key.
 #include <cstdint>
+#include <limits>
 #include <set>
+#include <vector>
 
 #include "check.h"
 #include "common/block_grid.h"
@@ -26,6 +28,22 @@ void for_many_grids(const Check& check) {
         for (int64_t q_len = 1; q_len <= kv_len; ++q_len) {
           check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, true});
           check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, false});
+        }
+      }
+    }
+  }
+}
+
+// Grids whose queries lie before, across and behind their keys.
+template <typename Check>
+void for_all_offsets(const Check& check) {
+  for (const int64_t q_block : {2, 4}) {
+    for (const int64_t kv_block : {2, 4}) {
+      for (const int64_t kv_len : {0, 1, 4, 9}) {
+        for (const int64_t q_len : {0, 1, 3, 8}) {
+          for (int64_t q_offset = -20; q_offset <= 20; ++q_offset) {
+            check(BlockGrid{q_len, kv_len, q_block, kv_block, q_offset, true});
+          }
         }
       }
     }
@@ -96,6 +114,69 @@ TEST(no_keys_are_no_blocks) {
   const BlockGrid grid{5, 0, 4, 4, -5, false};
   CHECK_EQ(grid.visible(0), 0);
   CHECK_EQ(ForcedBlocks(grid, 0, 1, 1).count(), 0);
+}
+
+TEST(visible_blocks_of_queries_anywhere) {
+  for_all_offsets([](const BlockGrid& grid) {
+    for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
+      CHECK(0 <= grid.visible(m) && grid.visible(m) <= grid.num_kv_blocks());
+      for (int64_t n = 0; n < grid.num_kv_blocks(); ++n) {
+        CHECK_EQ(n < grid.visible(m), sees(grid, m, n));
+      }
+    }
+  });
+}
+
+TEST(queries_before_the_keys_by_hand) {
+  // Blocks of 64 and 128 keys. Query block 0 stands at positions -100 to -37, block 1 at -36 to 27.
+  const BlockGrid grid{128, 300, 64, 128, -100, true};
+  CHECK_EQ(grid.visible(0), 0);
+  CHECK_EQ(ForcedBlocks(grid, 0, 1, 1).count(), 0);
+  CHECK_EQ(grid.visible(1), 1);
+  const ForcedBlocks forced(grid, 1, 1, 1);
+  CHECK_EQ(forced.count(), 1);
+  CHECK_EQ(forced.block_at(0), 0);
+  // The last position is the one before key 0, and then key 0.
+  CHECK_EQ((BlockGrid{64, 300, 64, 64, -64, true}.visible(0)), 0);
+  CHECK_EQ((BlockGrid{64, 300, 64, 64, -63, true}.visible(0)), 1);
+}
+
+TEST(nothing_overflows_or_goes_negative) {
+  constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const std::vector<int64_t> numbers = {kLeast, kLeast + 1, -(int64_t{1} << 61), -1000,     -1,   0,
+                                        1,      1000,       int64_t{1} << 61,    kMost - 1, kMost};
+  for (const int64_t q_len : numbers) {
+    for (const int64_t kv_len : numbers) {
+      for (const int64_t q_offset : numbers) {
+        for (const bool causal : {false, true}) {
+          const BlockGrid grid{q_len, kv_len, 64, 128, q_offset, causal};
+          CHECK(grid.num_q_blocks() >= 0);
+          CHECK(grid.num_kv_blocks() >= 0);
+          for (const int64_t m : numbers) {
+            CHECK(0 <= grid.visible(m) && grid.visible(m) <= grid.num_kv_blocks());
+            if (m < kMost) CHECK(grid.visible(m) <= grid.visible(m + 1));
+            for (const int64_t count : numbers) {
+              const ForcedBlocks forced(grid, m, count, count);
+              CHECK(0 <= forced.local_begin && forced.local_begin <= forced.visible);
+              CHECK(0 <= forced.num_sinks && forced.num_sinks <= forced.local_begin);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(far_away_queries_see_all_or_nothing) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  const BlockGrid behind{1000, 1000, 64, 64, kMost, true};
+  CHECK_EQ(behind.visible(0), 16);
+  CHECK_EQ(ForcedBlocks(behind, 0, 0, 5).count(), 0);  // its own blocks would come far later
+  const BlockGrid before{1000, 1000, 64, 64, -kMost, true};
+  CHECK_EQ(before.visible(15), 0);
+  CHECK_EQ((BlockGrid{-5, -kMost, 64, 64, 0, true}.num_q_blocks()), 0);
+  CHECK_EQ((BlockGrid{-5, -kMost, 64, 64, 0, true}.num_kv_blocks()), 0);
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ PROXYATTN_DEVICE void store_lse(const Problem& p,
                                 const GroupPlace& place,
                                 const RowState& state) {
   if (p.lse == nullptr || (place.lane() & 3) != 0) return;
-  float* lse = p.lse + (static_cast<int64_t>(tile.batch) * p.q_heads + tile.head) * p.q_len;
+  float* lse = p.lse + (static_cast<int64_t>(tile.batch) * p.tiles.q_heads + tile.head) * p.q_len;
   PROXYATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
     const int query = place.query() + 8 * r;
@@ -124,7 +124,7 @@ PROXYATTN_DEVICE void store_nothing(const Problem& p,
     PROXYATTN_UNROLL
     for (int i = 0; i < kChunks; ++i) chunks[i] = make_uint4(0, 0, 0, 0);
     if (p.lse != nullptr && (place.thread & 1) == 0) {
-      const int64_t head = static_cast<int64_t>(tile.batch) * p.q_heads + tile.head;
+      const int64_t head = static_cast<int64_t>(tile.batch) * p.tiles.q_heads + tile.head;
       p.lse[head * p.q_len + query] = kMinusInfinity;
     }
   }

@@ -10,8 +10,8 @@
 
 #include "common/block_grid.h"
 #include "cuda/attention/dispatch.h"
-#include "cuda/attention/schedule.h"
 #include "cuda/attention/sm90/kernel.cuh"
+#include "cuda/attention/sm90/tile_order.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
 
@@ -22,13 +22,6 @@ inline constexpr const char* kOp = "block_sparse_attention";
 // Keys and values that are read at about the same time.
 inline int64_t section_bytes() {
   return int64_t{device_attribute(kOp, cudaDevAttrL2CacheSize)} / 3 * 2;
-}
-
-// Heads of a kv head that share a list, as far as find_pair can tell them apart.
-inline int pair_group(const AttentionParams& a) {
-  int heads = static_cast<int>(a.q_heads / max_of(a.list_heads, a.kv_heads));
-  while (heads > kMaxPairGroup) heads = heads % 2 == 0 ? heads / 2 : 1;
-  return heads;
 }
 
 template <typename Traits>
@@ -51,19 +44,7 @@ Problem make_problem(const AttentionParams& a) {
   p.out_batch_stride = a.out_strides.batch;
   p.out_token_stride = a.out_strides.token;
   p.out_head_stride = a.out_strides.head;
-  p.num_rows = static_cast<int>(a.rows.end - a.rows.begin);
-  p.row_begin = static_cast<int>(a.rows.begin);
-  p.q_heads = static_cast<int>(a.q_heads);
-  p.kv_heads = static_cast<int>(a.kv_heads);
-  p.heads_per_kv = static_cast<int>(a.q_heads / a.kv_heads);
-  p.pair_group = Traits::kHeads == 1 ? 1 : pair_group(a);
-  p.group_pairs = ceil_div(p.pair_group, Traits::kHeads);
-  p.tiles_per_kv_row = p.heads_per_kv / p.pair_group * p.group_pairs;
-  p.num_kv = static_cast<int>(a.batch) * p.kv_heads;
-  p.section_kv = static_cast<int>(kv_pairs_in_section(a, section_bytes()));
-  p.num_tiles = p.num_kv * p.tiles_per_kv_row * p.num_rows;
-  p.list_heads = static_cast<int>(a.list_heads);
-  p.heads_per_list = static_cast<int>(a.q_heads / a.list_heads);
+  p.tiles = make_tile_order(a, Traits::kHeads, section_bytes());
   p.list_capacity = static_cast<int>(a.list_capacity);
   p.q_len = static_cast<int>(a.q_len);
   p.kv_len = static_cast<int>(a.kv_len);
@@ -84,7 +65,7 @@ void launch_kernel(const AttentionParams& params, Stream stream) {
   PROXYATTN_CUDA_CALL(kOp, cudaMemsetAsync(problem.next_tile, 0, kCounterBytes, stream));
   LaunchShape shape{};
   shape.grid_x = min_of<int64_t>(device_attribute(kOp, cudaDevAttrMultiProcessorCount),
-                                 ceil_div(problem.num_tiles, Traits::kTeams));
+                                 ceil_div(problem.tiles.num_tiles, Traits::kTeams));
   problem.num_teams = static_cast<int>(shape.grid_x) * Traits::kTeams;
   shape.threads = Traits::kThreads;
   shape.shared_bytes = Traits::kTeams * sizeof(SharedStorage<Traits>);

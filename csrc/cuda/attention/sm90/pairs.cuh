@@ -25,7 +25,7 @@ inline constexpr int kNoHead = -1;
 // whole warp, in which lane i knows how many blocks head i of the group reads.
 PROXYATTN_DEVICE void find_pair(const Problem& p, int blocks, int pair, HeadBlocks (&found)[2]) {
   const int lane = warp_lane();
-  const int heads = p.pair_group;
+  const int heads = p.tiles.pair_group;
   int place = 0;  // of this lane's head, from the most blocks down
   for (int other = 0; other < heads; ++other) {
     const int theirs = __shfl_sync(kAllLanes, blocks, other);

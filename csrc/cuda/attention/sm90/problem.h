@@ -5,6 +5,8 @@
 
 #include <cuda.h>
 
+#include "cuda/attention/sm90/tile_order.h"
+
 namespace proxyattn::cuda::sm90 {
 
 struct Problem {
@@ -23,19 +25,7 @@ struct Problem {
   int64_t out_token_stride;
   int64_t out_head_stride;
 
-  int num_tiles;
-  int num_rows;   // query blocks of this call
-  int row_begin;  // the first of them
-  int q_heads;
-  int kv_heads;
-  int heads_per_kv;
-  int pair_group;        // heads of a kv head that share a list; 1 if teams work on one head
-  int group_pairs;       // query tiles of such a group
-  int tiles_per_kv_row;  // query tiles of a kv head and query block
-  int num_kv;            // kv heads of all batch entries
-  int section_kv;        // of them, that the cache holds together
-  int list_heads;
-  int heads_per_list;
+  TileOrder tiles;
   int list_capacity;
   int q_len;
   int kv_len;

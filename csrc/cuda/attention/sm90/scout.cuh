@@ -10,8 +10,8 @@
 #include "cuda/attention/sm90/key_order.cuh"
 #include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/problem.h"
-#include "cuda/attention/sm90/scheduler.cuh"
 #include "cuda/attention/sm90/shared_storage.cuh"
+#include "cuda/attention/sm90/tile_order.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -28,8 +28,8 @@ class Scout {
   }
 
   PROXYATTN_DEVICE void run() {
-    for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.num_tiles;) {
-      const TilePlace place(p_, tile);
+    for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.tiles.num_tiles;) {
+      const TilePlace place(p_.tiles, tile);
       HeadBlocks heads[2];
       give_order(place, heads);
       load_query(place, heads);
@@ -53,15 +53,25 @@ class Scout {
     __syncwarp();
   }
 
+  // Key blocks that any row of the query block sees.
+  PROXYATTN_DEVICE int visible_blocks(int row) const {
+    if (!p_.causal) return p_.num_kv_blocks;
+    const int last_position = p_.q_offset + min((row + 1) * Traits::kBlockRows, p_.q_len) - 1;
+    return min(last_position / p_.kv_block + 1, p_.num_kv_blocks);
+  }
+
   PROXYATTN_DEVICE void give_order(const TilePlace& place, HeadBlocks (&heads)[2]) {
-    const int visible = place.visible_blocks(p_, Traits::kBlockRows);
-    const int32_t* list = p_.indices == nullptr ? nullptr : place.list(p_);
+    const int visible = visible_blocks(place.row);
+    const int32_t* list =
+        p_.indices == nullptr ? nullptr : p_.indices + place.list_idx(p_.tiles) * p_.list_capacity;
     int blocks = visible;  // lane i: of head i of those that may be in the tile
     int entry = 0;
     if (list != nullptr) {
       // Fits 32 bits: lanes are few, and rows no more than tokens.
       const int count =
-          warp_lane() < p_.pair_group ? __ldg(place.counts(p_) + warp_lane() * p_.num_rows) : 0;
+          warp_lane() < p_.tiles.pair_group
+              ? __ldg(p_.counts + place.count_idx(p_.tiles) + warp_lane() * p_.tiles.num_rows)
+              : 0;
       entry = BlockWalk::load_entry(p_, list, warp_lane());
       blocks = min(max(count, 0), p_.list_capacity);
     }
