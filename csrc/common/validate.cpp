@@ -171,9 +171,6 @@ void validate_attention(const AttentionParams& p, const char* op) {
                   ": indices must hold lists for a number of heads that divides q_heads, got "
                   "indices.size(1)=",
                   p.list_heads, ", q_heads=", p.q_heads);
-  const SequenceMap& s = p.sequences;
-  PROXYATTN_CHECK(s.cu_q_len == nullptr && s.cu_kv_len == nullptr && s.kv_page_table == nullptr, op,
-                  ": sequences must be dense, got packed or paged ones");
 }
 
 void validate_pipeline(const PipelineParams& p, const char* op) {

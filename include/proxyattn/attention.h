@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -34,7 +35,7 @@ struct AttentionParams {
   void* out;               // [batch, q_len, q_heads, head_dim]
   float* lse;              // [batch, q_heads, q_len], natural log; null: not wanted
   void* workspace;         // block_sparse_attention_workspace_bytes(params); null when that is 0
-  SequenceMap sequences;   // reserved
+  PackedSequences packed;  // without q_starts: a batch
 
   int64_t workspace_bytes;
   float scale;

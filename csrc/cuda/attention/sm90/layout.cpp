@@ -1,4 +1,6 @@
 // Which calls the sm90 family takes.
+#include "cuda/attention/sm90/layout.h"
+
 #include <cstdint>
 
 #include "proxyattn/attention.h"
@@ -25,8 +27,8 @@ bool fits(const AttentionParams& p) {
                        0 <= p.q_offset && p.q_offset <= kMaxTokens &&
                        p.list_capacity <= kMaxTokens &&
                        p.batch * p.q_heads * (p.rows.end - p.rows.begin) <= kMaxTiles;
-  const TensorSizes queries{p.q_len, p.head_dim, p.q_heads, p.batch};
-  const TensorSizes keys{p.kv_len, p.head_dim, p.kv_heads, p.batch};
+  const TensorSizes queries = query_sizes(p);
+  const TensorSizes keys = key_sizes(p);
   return tiled && counted && tensor_map_fits(p.q, queries, p.q_strides) &&
          tensor_map_fits(p.k, keys, p.k_strides) && tensor_map_fits(p.v, keys, p.v_strides) &&
          tensor_map_fits(p.out, queries, p.out_strides);

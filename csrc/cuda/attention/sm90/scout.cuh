@@ -12,6 +12,7 @@
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/attention/sm90/tile_order.h"
+#include "cuda/attention/sm90/tile_walk.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -28,11 +29,13 @@ class Scout {
   }
 
   PROXYATTN_DEVICE void run() {
-    for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.tiles.num_tiles;) {
-      const TilePlace place(p_.tiles, tile);
+    TileWalk walk(p_);
+    for (int tile = blockIdx.x * Traits::kTeams + team_; walk.advance_to(tile);) {
+      const Sequence sequence = walk.sequence();
+      const TilePlace place = walk.place(sequence, tile);
       HeadBlocks heads[2];
-      give_order(place, heads);
-      load_query(place, heads);
+      give_order(sequence, place, heads);
+      load_query(sequence, place, heads);
       // Taken when the producer has begun with the one before: who takes tiles early ends late.
       ptx::mbarrier_wait(&shared_.order_barriers.empty[0], order_.phase,
                          ptx::WaitSite::kScoutOrder);
@@ -54,24 +57,27 @@ class Scout {
   }
 
   // Key blocks that any row of the query block sees.
-  PROXYATTN_DEVICE int visible_blocks(int row) const {
-    if (!p_.causal) return p_.num_kv_blocks;
-    const int last_position = p_.q_offset + min((row + 1) * Traits::kBlockRows, p_.q_len) - 1;
-    return min(last_position / p_.kv_block + 1, p_.num_kv_blocks);
+  PROXYATTN_DEVICE int visible_blocks(const Sequence& sequence, int row) const {
+    const int end = min((row + 1) * Traits::kBlockRows, sequence.q_len);
+    const int keys = p_.causal ? min(sequence.offset + end, sequence.kv_len) : sequence.kv_len;
+    return ceil_div(max(keys, 0), p_.kv_block);
   }
 
-  PROXYATTN_DEVICE void give_order(const TilePlace& place, HeadBlocks (&heads)[2]) {
-    const int visible = visible_blocks(place.row);
-    const int32_t* list =
-        p_.indices == nullptr ? nullptr : p_.indices + place.list_idx(p_.tiles) * p_.list_capacity;
+  PROXYATTN_DEVICE void give_order(const Sequence& sequence,
+                                   const TilePlace& place,
+                                   HeadBlocks (&heads)[2]) {
+    const int visible = visible_blocks(sequence, place.row);
+    const int64_t list_row = sequence.first_q_block + place.row;
+    const int32_t* list = nullptr;
+    if (p_.indices != nullptr) {
+      list = p_.indices + (place.list_idx(p_.tiles) * p_.list_rows + list_row) * p_.list_capacity;
+    }
     int blocks = visible;  // lane i: of head i of those that may be in the tile
     int entry = 0;
     if (list != nullptr) {
-      // Fits 32 bits: lanes are few, and rows no more than tokens.
+      const int64_t head = place.head_idx(p_.tiles) + warp_lane();
       const int count =
-          warp_lane() < p_.tiles.pair_group
-              ? __ldg(p_.counts + place.count_idx(p_.tiles) + warp_lane() * p_.tiles.num_rows)
-              : 0;
+          warp_lane() < p_.tiles.pair_group ? __ldg(p_.counts + head * p_.list_rows + list_row) : 0;
       entry = BlockWalk::load_entry(p_, list, warp_lane());
       blocks = min(max(count, 0), p_.list_capacity);
     }
@@ -84,8 +90,11 @@ class Scout {
     order.entries[warp_lane()] = entry;
     if (leads_warp()) {
       order.blocks = heads[0].blocks;
-      order.batch = place.batch;
+      order.batch = p_.pages.table == nullptr ? place.batch : sequence.idx;
       order.kv_head = place.kv_head;
+      order.kv_start = sequence.kv_start;
+      order.kv_len = sequence.kv_len;
+      order.num_kv_blocks = ceil_div(sequence.kv_len, p_.kv_block);
       order.list = list;
     }
     pass_order();
@@ -113,9 +122,16 @@ class Scout {
   }
 
   // Publishes the tile; the arrival on `full` makes TileInfo visible to the consumers.
-  PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
+  PROXYATTN_DEVICE void load_query(const Sequence& sequence,
+                                   const TilePlace& place,
+                                   const HeadBlocks (&heads)[2]) {
     wait_query_slot();
     if (leads_warp()) {
+      const int first_query = place.row * Traits::kBlockRows;
+      const int token = sequence.q_start + first_query;
+      shared_.rows[query_.slot] = BlockRows{
+          min(Traits::kBlockRows, sequence.q_len - first_query),
+          p_.causal ? sequence.offset + first_query + 1 : sequence.kv_len, sequence.kv_len};
       const int steps = steps_of<Traits>(p_, heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {
@@ -123,14 +139,16 @@ class Scout {
         const int odd = Traits::kParts > 1 ? h.blocks % Traits::kParts : 0;
         const int mine = steps_of<Traits>(p_, h.blocks);
         shared_.tiles[query_.slot][group] =
-            TileInfo{place.row, h.head, place.batch, mine, odd, steps - mine};
+            TileInfo{token, h.head, place.batch, mine, odd, steps - mine};
       }
-      copy_query(place, heads);
+      copy_query(place, token, heads);
     }
     query_.next();
   }
 
-  PROXYATTN_DEVICE void copy_query(const TilePlace& place, const HeadBlocks (&heads)[2]) const {
+  PROXYATTN_DEVICE void copy_query(const TilePlace& place,
+                                   int token,
+                                   const HeadBlocks (&heads)[2]) const {
     uint64_t* full = &shared_.query_barriers.full[query_.slot];
     int loads = 0;
     PROXYATTN_UNROLL
@@ -140,9 +158,8 @@ class Scout {
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kHeads; ++i) {
       if (heads[i].blocks == 0) continue;
-      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kHeadBytes, &p_.q_map, full, 0,
-                    place.row * Traits::kBlockRows, 0, heads[i].head, place.batch,
-                    ptx::kEvictFirst);
+      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kHeadBytes, &p_.q_map, full, 0, token,
+                    0, heads[i].head, place.batch, ptx::kEvictFirst);
     }
   }
 

@@ -83,16 +83,12 @@ struct TilePlace {
     head = kv_head * t.heads_per_kv + place / t.group_pairs * t.pair_group;
   }
 
-  // Of the query block in counts [batch, q_heads, num_rows]; the group's other heads follow,
-  // num_rows apart.
-  PROXYATTN_HOST_DEVICE int64_t count_idx(const TileOrder& t) const {
-    return (static_cast<int64_t>(batch) * t.q_heads + head) * t.num_rows + row - t.row_begin;
+  // Of all heads of all batch entries, and of all their lists.
+  PROXYATTN_HOST_DEVICE int64_t head_idx(const TileOrder& t) const {
+    return static_cast<int64_t>(batch) * t.q_heads + head;
   }
-
-  // Of the query block in lists [batch, list_heads, num_rows].
   PROXYATTN_HOST_DEVICE int64_t list_idx(const TileOrder& t) const {
-    const int64_t list_head = static_cast<int64_t>(batch) * t.list_heads + head / t.heads_per_list;
-    return list_head * t.num_rows + row - t.row_begin;
+    return static_cast<int64_t>(batch) * t.list_heads + head / t.heads_per_list;
   }
 };
 
