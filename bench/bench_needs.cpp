@@ -1,4 +1,4 @@
-// Budgets take the exact attention of the last query block: one read of all keys.
+// What heads need takes the exact attention of the last queries: one read of all keys.
 #include <algorithm>
 
 #include "checks.h"
@@ -13,19 +13,23 @@ Workload prepare(Machine& machine, const Case& one) {
   const auto q = random_buffer(machine, problem.q_elements(), problem.dtype, 1);
   const auto k = random_buffer(machine, problem.kv_elements(), problem.dtype, 2);
   const int64_t heads = problem.batch * problem.q_heads;
-  const auto budgets = empty_buffer(machine, heads * int64_t{sizeof(int32_t)});
+  // Budgets or shares: both take as much.
+  const auto needs = empty_buffer(machine, heads * int64_t{sizeof(int32_t)});
 
   proxyattn::NeedParams params = need_params(problem);
+  params.mode = budget_mode_of(one.text("mode"));
   params.gamma = one.number("gamma");
   params.q = q->data();
   params.k = k->data();
-  params.budgets = budgets->as<int32_t>();
+  const bool top_p = params.mode == proxyattn::BudgetMode::kTopP;
+  params.budgets = top_p ? nullptr : needs->as<int32_t>();
+  params.shares = top_p ? needs->as<float>() : nullptr;
   params.workspace_bytes = machine.stages().estimate_needs_workspace_bytes(params);
   const auto workspace = empty_buffer(machine, params.workspace_bytes);
   params.workspace = workspace->data();
 
   Workload work;
-  work.launch = [&machine, params, q, k, budgets, workspace] {
+  work.launch = [&machine, params, q, k, needs, workspace] {
     machine.stages().estimate_needs(params, machine.stream());
   };
   work.check = [&machine, params] { check_needs(machine, params); };
@@ -40,12 +44,13 @@ Workload prepare(Machine& machine, const Case& one) {
 
 int main(int argc, char** argv) {
   return run_benchmark(argc, argv,
-                       {"budget",
+                       {"needs",
                         {{"length", {"4096"}, {"32768", "131072"}},
                          {"q_heads", {"8"}, {"32"}},
                          {"kv_heads", {"2"}, {"8"}},
                          axis("head_dim", {"128"}),
                          {"block_size", {"128"}, {"64", "128"}},
+                         axis("mode", {"top_p", "last_block"}),
                          axis("gamma", {"0.95"}),
                          axis("causal", {"1"}),
                          axis("batch", {"1"}),

@@ -1,4 +1,5 @@
-// Scoring is a matrix product of the proxy heads and the softmax statistics of each of its rows.
+// Scoring is a matrix product of the proxy heads and the softmax statistics of each of its rows. Of
+// proxies that outnumber the kv heads several share one of the keys.
 #include "checks.h"
 #include "problem.h"
 
@@ -15,8 +16,8 @@ double visible_pairs(const Problem& p) {
 Workload prepare(Machine& machine, const Case& one) {
   const Problem problem = problem_of(one);
   const bool with_mass = one.integer("mass") != 0;
-  const auto q_proxy = random_buffer(machine, problem.proxy_elements(), problem.dtype, 1);
-  const auto k_proxy = random_buffer(machine, problem.proxy_elements(), problem.dtype, 2);
+  const auto q_proxy = random_buffer(machine, problem.q_proxy_elements(), problem.dtype, 1);
+  const auto k_proxy = random_buffer(machine, problem.k_proxy_elements(), problem.dtype, 2);
   const int64_t score_bytes = problem.cells() * int64_t{sizeof(float)};
   const auto peak = empty_buffer(machine, score_bytes);
   const auto mass = empty_buffer(machine, with_mass ? score_bytes : 0);
@@ -46,7 +47,8 @@ int main(int argc, char** argv) {
   return run_benchmark(argc, argv,
                        {"score",
                         {{"length", {"4096"}, {"32768", "131072"}},
-                         {"proxy_heads", {"2"}, {"1", "8"}},
+                         {"proxy_heads", {"2", "4"}, {"1", "8"}},
+                         {"kv_heads", {"2"}, {"8"}},
                          {"mass", {"0", "1"}, {"0", "1"}},
                          axis("head_dim", {"128"}),
                          axis("stride", {"4"}),

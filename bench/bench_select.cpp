@@ -37,43 +37,54 @@ Scores scores_of(Machine& machine, const Problem& problem) {
   return scores;
 }
 
+// What the heads of a list need differs: from a twentieth to the half of all blocks, shares from 0
+// up to .9.
+std::vector<int32_t> budgets_of(const Problem& problem) {
+  std::vector<int32_t> budgets;
+  for (int64_t h = 0; h < problem.batch * problem.q_heads; ++h) {
+    budgets.push_back(static_cast<int32_t>(problem.num_blocks() * (1 + h % 10) / 20 + 1));
+  }
+  return budgets;
+}
+std::vector<float> shares_of(const Problem& problem) {
+  std::vector<float> shares;
+  for (int64_t h = 0; h < problem.batch * problem.q_heads; ++h) {
+    shares.push_back(0.1f * static_cast<float>(h % 10));
+  }
+  return shares;
+}
+
 Workload prepare(Machine& machine, const Case& one) {
   const Problem problem = problem_of(one);
-  const bool coverage = one.text("mode") == "coverage";
   const Scores scores = scores_of(machine, problem);
   const auto peak = uploaded(machine, scores.peak);
   const auto mass = uploaded(machine, scores.mass);
-  const int64_t heads = problem.batch * problem.q_heads;
-  // Heads that need from a twentieth to the half of all blocks.
-  std::vector<int32_t> wanted(static_cast<std::size_t>(heads));
-  for (std::size_t h = 0; h < wanted.size(); ++h) {
-    const int64_t tenths_of_half = 1 + static_cast<int64_t>(h) % 10;
-    wanted[h] = static_cast<int32_t>(problem.num_blocks() * tenths_of_half / 20 + 1);
-  }
-  const auto budgets = uploaded(machine, wanted);
+  const auto budgets = uploaded(machine, budgets_of(problem));
+  const auto shares = uploaded(machine, shares_of(problem));
   const auto indices = empty_buffer(machine, problem.cells() * int64_t{sizeof(int32_t)});
-  const int64_t counts_bytes = heads * problem.num_blocks() * int64_t{sizeof(int32_t)};
+  const int64_t counts_bytes =
+      problem.batch * problem.q_heads * problem.num_blocks() * int64_t{sizeof(int32_t)};
   const auto counts = empty_buffer(machine, counts_bytes);
-  const auto shares = empty_buffer(machine, heads * int64_t{sizeof(double)});
 
   proxyattn::SelectParams params = select_params(problem);
-  params.budget_mode =
-      coverage ? proxyattn::BudgetMode::kTopP : proxyattn::BudgetMode::kLastBlock;
-  params.min_budget = coverage ? 1024 : 2048;
+  params.budget_mode = budget_mode_of(one.text("mode"));
+  const bool top_p = params.budget_mode == proxyattn::BudgetMode::kTopP;
+  params.gamma = one.number("gamma");
+  params.min_budget = top_p ? 512 : 2048;
   params.peak = peak->as<float>();
-  params.mass = coverage ? mass->as<float>() : nullptr;
-  params.budgets = budgets->as<int32_t>();
+  params.mass = top_p ? mass->as<float>() : nullptr;
+  params.budgets = top_p ? nullptr : budgets->as<int32_t>();
+  params.shares = top_p ? shares->as<float>() : nullptr;
   params.indices = indices->as<int32_t>();
   params.counts = counts->as<int32_t>();
-  params.shares = coverage ? shares->as<double>() : nullptr;
 
   Workload work;
-  work.launch = [&machine, params, peak, mass, budgets, indices, counts, shares] {
+  work.launch = [&machine, params, peak, mass, budgets, shares, indices, counts] {
     machine.stages().select_blocks(params, machine.stream());
   };
   work.check = [&machine, params] { check_select(machine, params); };
   const int64_t visible = problem.batch * problem.proxy_heads * problem.visible_blocks();
-  const int64_t bytes = 4 * visible * (coverage ? 2 : 1) + 4 * problem.cells() + counts_bytes;
+  const int64_t bytes = 4 * visible * (top_p ? 2 : 1) + 4 * problem.cells() + counts_bytes;
   work.bytes = static_cast<double>(bytes);
   return work;
 }
@@ -86,7 +97,8 @@ int main(int argc, char** argv) {
                         {{"length", {"16384"}, {"32768", "131072"}},
                          {"q_heads", {"8"}, {"32"}},
                          {"proxy_heads", {"2"}, {"1", "8"}},
-                         {"mode", {"last_block", "coverage"}, {"last_block", "coverage"}},
+                         axis("mode", {"top_p", "last_block"}),
+                         axis("gamma", {"0.9"}),
                          {"block_size", {"128"}, {"64", "128"}},
                          axis("causal", {"1"}),
                          axis("batch", {"1"})},

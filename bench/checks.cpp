@@ -226,6 +226,7 @@ void check_needs(Machine& machine, const NeedParams& params) {
                                     params.kv_len);
     for (const int64_t kv_head : first_and_last(params.kv_heads)) {
       std::vector<int32_t> budgets(static_cast<std::size_t>(group));
+      std::vector<float> shares(static_cast<std::size_t>(group));
       NeedParams host = params;
       host.batch = 1;
       host.q_len = num_queries;
@@ -235,56 +236,67 @@ void check_needs(Machine& machine, const NeedParams& params) {
       host.q = shifted(q.data(), kv_head * group * params.q_strides.head, params.dtype);
       host.k = shifted(k.data(), kv_head * params.k_strides.head, params.dtype);
       host.budgets = budgets.data();
+      host.shares = shares.data();
       host.workspace_bytes = cpu::estimate_needs_workspace_bytes(host);
       Bytes workspace(static_cast<std::size_t>(host.workspace_bytes));
       host.workspace = workspace.data();
       cpu::estimate_needs(host);
       const int64_t first = batch_idx * params.q_heads + kv_head * group;
-      // A sum that meets gamma within rounding may fall on either side of it.
-      compare_integers("budgets", download<int32_t>(machine, params.budgets + first, group),
-                       budgets, /*slack=*/1);
+      if (params.mode == BudgetMode::kTopP) {
+        compare_values("shares", download<float>(machine, params.shares + first, group), shares,
+                       kMassFloor, kMassTolerance);
+      } else {
+        // A sum that meets gamma within rounding may fall on either side of it.
+        compare_integers("budgets", download<int32_t>(machine, params.budgets + first, group),
+                         budgets, /*slack=*/1);
+      }
     }
   }
 }
 
 void check_select(Machine& machine, const SelectParams& params) {
   const int64_t num_rows = params.rows.end - params.rows.begin;
+  const int64_t num_list_rows = params.list_rows.end - params.list_rows.begin;
   const int64_t width = ceil_div(params.kv_len, params.kv_block);
-  const bool coverage = params.budget_mode == BudgetMode::kTopP;
-  const auto row_of = [&](const auto* data, int64_t batch_idx, int64_t row) {
-    return download_row(machine, data, batch_idx, params.proxy_heads, num_rows, row, width);
+  const bool top_p = params.budget_mode == BudgetMode::kTopP;
+  const auto scores_of = [&](const float* scores, int64_t batch_idx, int64_t row) {
+    return download_row(machine, scores, batch_idx, params.proxy_heads, num_rows, row, width);
+  };
+  const auto needs_of = [&](const auto* needs, int64_t batch_idx) {
+    return download(machine, needs + batch_idx * params.q_heads, params.q_heads);
   };
   for (const int64_t batch_idx : first_and_last(params.batch)) {
-    const std::vector<int32_t> budgets =
-        download(machine, params.budgets + batch_idx * params.q_heads, params.q_heads);
-    std::vector<double> shares(static_cast<std::size_t>(params.q_heads));
-    std::vector<int64_t> rows = sample(num_rows);
-    // The last row sets the shares that the others need.
-    std::reverse(rows.begin(), rows.end());
-    for (const int64_t row : rows) {
-      const std::vector<float> peak = row_of(params.peak, batch_idx, row);
+    const auto budgets = top_p ? std::vector<int32_t>{} : needs_of(params.budgets, batch_idx);
+    const auto shares = top_p ? needs_of(params.shares, batch_idx) : std::vector<float>{};
+    for (const int64_t row : sample(num_rows)) {
+      const std::vector<float> peak = scores_of(params.peak, batch_idx, row);
       const std::vector<float> mass =
-          coverage ? row_of(params.mass, batch_idx, row) : std::vector<float>{};
+          top_p ? scores_of(params.mass, batch_idx, row) : std::vector<float>{};
       std::vector<int32_t> indices(peak.size());
-      std::vector<int32_t> counts(budgets.size());
+      std::vector<int32_t> counts(static_cast<std::size_t>(params.q_heads));
       SelectParams host = params;
       host.batch = 1;
       host.rows = {params.rows.begin + row, params.rows.begin + row + 1};
+      host.list_rows = host.rows;
       host.peak = peak.data();
-      host.mass = coverage ? mass.data() : nullptr;
+      host.mass = top_p ? mass.data() : nullptr;
       host.budgets = budgets.data();
+      host.shares = shares.data();
       host.indices = indices.data();
       host.counts = counts.data();
-      host.shares = coverage ? shares.data() : nullptr;
       cpu::select_blocks(host);
+      const int64_t list_row = host.rows.begin - params.list_rows.begin;
+      const int32_t* const got_indices = params.indices;
+      const int32_t* const got_counts = params.counts;
       compare_integers("indices",
-                       row_of(static_cast<const int32_t*>(params.indices), batch_idx, row), indices,
-                       /*slack=*/0);
-      // A share that meets its goal within rounding may do so one block earlier or later.
+                       download_row(machine, got_indices, batch_idx, params.proxy_heads,
+                                    num_list_rows, list_row, width),
+                       indices, /*slack=*/0);
+      // A sum that meets what is needed within rounding may do so one block earlier or later.
       compare_integers("counts",
-                       download_row<int32_t>(machine, params.counts, batch_idx, params.q_heads,
-                                             num_rows, row, /*width=*/1),
-                       counts, /*slack=*/coverage ? 1 : 0);
+                       download_row(machine, got_counts, batch_idx, params.q_heads, num_list_rows,
+                                    list_row, /*width=*/1),
+                       counts, /*slack=*/top_p ? 1 : 0);
     }
   }
 }

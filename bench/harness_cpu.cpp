@@ -29,6 +29,8 @@ const Stages kCpuStages = {
     [](const SelectParams& p, Stream) { cpu::select_blocks(p); },
     cpu::block_sparse_attention_workspace_bytes,
     [](const AttentionParams& p, Stream) { cpu::block_sparse_attention(p); },
+    cpu::choose_blocks_workspace_bytes,
+    [](const PipelineParams& p, Stream) { cpu::choose_blocks(p); },
     cpu::proxy_attention_workspace_bytes,
     [](const PipelineParams& p, Stream) { cpu::proxy_attention(p); },
 };

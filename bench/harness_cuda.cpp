@@ -27,6 +27,8 @@ const Stages kCudaStages = {
     cuda::select_blocks,
     cuda::block_sparse_attention_workspace_bytes,
     cuda::block_sparse_attention,
+    cuda::choose_blocks_workspace_bytes,
+    cuda::choose_blocks,
     cuda::proxy_attention_workspace_bytes,
     cuda::proxy_attention,
 };

@@ -36,7 +36,7 @@ from torch import Tensor
 Entries = dict[str, Entry]
 Cases = list[tuple[dict, Callable[["Bench"], Entries]]]  # noqa: F821
 
-MODES = ("last_block", "coverage")
+MODES = ("top_p", "last_block")
 #: Heads of a group need unlike numbers of blocks: these shares of the mean, in turn.
 BUDGET_SHARES = (0.5, 0.85, 1.15, 1.5)
 #: Share of the causal blocks that proxy_attention reads end to end; less of a longer prompt.
@@ -45,6 +45,8 @@ LONG, LONG_DENSITY = 262_144, 0.065
 PIPELINE_BLOCK = 128
 #: Of random inputs every block holds more mass than this leaves out.
 ALMOST_ALL = 0.99999
+#: Of any inputs a block or two hold this much.
+ALMOST_NOTHING = 0.001
 LONGEST_NON_CAUSAL = 32768
 
 
@@ -138,7 +140,8 @@ def select_entries(shape: Shape, block_size: int, density: float, bench) -> Entr
     mean = blocks_for_density(num_blocks, density)
     wanted = [max(1, round(mean * BUDGET_SHARES[head % 4])) for head in range(shape.q_heads)]
     budgets = torch.tensor([wanted], dtype=torch.int32, device=bench.device)
-    estimation = Estimation(inputs, shape.kv_heads, bench.args.stride, block_size, min_budget=0)
+    settings = {"mode": "last_block", "min_budget": 0}
+    estimation = Estimation(inputs, shape.kv_heads, bench.args.stride, block_size, **settings)
     indices, counts = estimation.select(estimation.score(estimation.pool()), budgets)
     chosen = selected_blocks(indices, counts, block_size)
     ours = functools.partial(ours_over_lists, inputs, indices, counts, block_size)
@@ -157,8 +160,8 @@ class Estimation:
         proxies: int,
         stride: int,
         block_size: int = 128,
-        mode: str = "last_block",
-        gamma: float = 0.95,
+        mode: str = "top_p",
+        gamma: float | None = None,
         min_budget: int | None = None,
     ):
         self.q, self.k = inputs.q, inputs.k
@@ -169,8 +172,11 @@ class Estimation:
     def pool(self) -> tuple[Tensor, Tensor]:
         return proxyattn.pool_heads(self.q, self.k, self.proxies, self.stride)
 
-    def budgets(self) -> Tensor:
-        return proxyattn.estimate_budgets(self.q, self.k, self.gamma, self.block_size)
+    def needs(self) -> Tensor:
+        if self.mode == "top_p":
+            return proxyattn.estimate_shares(self.q, self.k, self.block_size)
+        gamma = {} if self.gamma is None else {"gamma": self.gamma}
+        return proxyattn.estimate_budgets(self.q, self.k, block_size=self.block_size, **gamma)
 
     def score(self, pooled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return proxyattn.score_blocks(
@@ -179,23 +185,34 @@ class Estimation:
             self.length,
             self.stride,
             self.block_size,
-            with_mass=self.mode == "coverage",
+            with_mass=self.mode == "top_p",
         )
 
-    def select(self, scores: tuple[Tensor, Tensor], budgets: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, scores: tuple[Tensor, Tensor], needs: Tensor) -> tuple[Tensor, Tensor]:
         return proxyattn.select_blocks(
             *scores,
-            budgets,
+            needs,
             self.length,
             self.length,
+            self.q.shape[2],
             self.block_size,
             budget_mode=self.mode,
+            gamma=self.gamma,
             min_budget=self.min_budget,
         )
 
     def all(self) -> tuple[Tensor, Tensor]:
-        """indices and counts."""
-        return self.select(self.score(self.pool()), self.budgets())
+        """indices and counts, in one call."""
+        return proxyattn.choose_blocks(
+            self.q,
+            self.k,
+            gamma=self.gamma,
+            stride=self.stride,
+            block_size=self.block_size,
+            num_proxy_heads=self.proxies,
+            budget_mode=self.mode,
+            min_budget=self.min_budget,
+        )
 
 
 def estimate_cases(args: argparse.Namespace) -> Cases:
@@ -211,14 +228,14 @@ def estimate_cases(args: argparse.Namespace) -> Cases:
 
 def estimate_entries(shape: Shape, proxies: int, mode: str, bench) -> Entries:
     estimation = Estimation(inputs_for(bench, shape), proxies, bench.args.stride, mode=mode)
-    pooled, budgets = estimation.pool(), estimation.budgets()
+    pooled, needs = estimation.pool(), estimation.needs()
     scores = estimation.score(pooled)
     calls = {
         "all": estimation.all,
         "pool": estimation.pool,
-        "budget": estimation.budgets,
+        "needs": estimation.needs,
         "score": lambda: estimation.score(pooled),
-        "select": lambda: estimation.select(scores, budgets),
+        "select": lambda: estimation.select(scores, needs),
     }
     entries = {who: Entry(functools.partial(lambda call: call, c)) for who, c in calls.items()}
     if bench.device.type != "cuda":
@@ -258,13 +275,14 @@ def end_to_end_density(shape: Shape) -> float:
 def end_to_end_entries(shape: Shape, bench) -> Entries:
     """proxy_attention with one and with all proxy heads in both modes, then dense attention.
 
-    With gamma = 0 every budget is one block, so the minimum budget sets how much is read. Two more
-    read everything: one because it is told to, one because its budgets come out so.
+    With a gamma this small heads need little more than the forced blocks, though that has to be
+    found out, so the minimum budget sets how much is read. Two more read everything: one because it
+    is told to, one because its budgets come out so.
     """
     inputs = inputs_for(bench, shape)
     density = bench.args.read or end_to_end_density(shape)
     blocks = blocks_for_density(-(-shape.length // PIPELINE_BLOCK), density)
-    sparse = {"gamma": 0.0, "min_budget": PIPELINE_BLOCK * blocks}
+    sparse = {"gamma": ALMOST_NOTHING, "min_budget": PIPELINE_BLOCK * blocks}
     entries = {}
     for proxies, mode in itertools.product(sorted({1, shape.kv_heads}), MODES):
         entry = pipeline_entry(inputs, proxies, mode, sparse, bench)

@@ -18,6 +18,12 @@ DType dtype_of(const std::string& name) {
   return DType::kFloat32;
 }
 
+Pooling pooling_of(const std::string& name) {
+  if (name == "mean") return Pooling::kMean;
+  PROXYATTN_CHECK(name == "first", "bench: pooling must be mean or first, got ", name);
+  return Pooling::kFirst;
+}
+
 TokenStrides contiguous(int64_t tokens, int64_t heads, int64_t head_dim) {
   return {tokens * heads * head_dim, heads * head_dim, head_dim};
 }
@@ -38,6 +44,13 @@ void set_heads(Params& params, const Problem& problem) {
   params.q_strides = contiguous(problem.length, problem.q_heads, problem.head_dim);
   params.k_strides = contiguous(problem.length, problem.kv_heads, problem.head_dim);
   params.dtype = problem.dtype;
+}
+
+template <typename Params>
+void set_proxies(Params& params, const Problem& problem) {
+  const int64_t tokens = problem.proxy_length();
+  params.q_proxy_strides = contiguous(tokens, problem.proxy_heads, problem.head_dim);
+  params.k_proxy_strides = contiguous(tokens, problem.key_proxy_heads(), problem.head_dim);
 }
 
 template <typename Params>
@@ -70,6 +83,12 @@ double Problem::block_flops(int64_t num_executed) const {
   return 4.0 * block * static_cast<double>(num_executed);
 }
 
+BudgetMode budget_mode_of(const std::string& name) {
+  if (name == "top_p") return BudgetMode::kTopP;
+  PROXYATTN_CHECK(name == "last_block", "bench: mode must be top_p or last_block, got ", name);
+  return BudgetMode::kLastBlock;
+}
+
 Problem problem_of(const Case& one) {
   Problem problem{};
   problem.batch = integer_or(one, "batch", 1);
@@ -81,6 +100,7 @@ Problem problem_of(const Case& one) {
   problem.stride = integer_or(one, "stride", 4);
   problem.block_size = integer_or(one, "block_size", 128);
   problem.causal = integer_or(one, "causal", 1) != 0;
+  problem.pooling = pooling_of(one.has("pooling") ? one.text("pooling") : "mean");
   problem.dtype = dtype_of(one.has("dtype") ? one.text("dtype") : "bf16");
   PROXYATTN_CHECK(problem.batch >= 1 && problem.length >= 1,
                   "bench: batch and length must be at least 1, got ", one.name());
@@ -95,9 +115,8 @@ PoolParams pool_params(const Problem& problem) {
   set_heads(params, problem);
   params.proxy_heads = problem.proxy_heads;
   params.stride = problem.stride;
-  params.q_proxy_strides =
-      contiguous(problem.proxy_length(), problem.proxy_heads, problem.head_dim);
-  params.k_proxy_strides = params.q_proxy_strides;
+  set_proxies(params, problem);
+  params.pooling = problem.pooling;
   return params;
 }
 
@@ -106,12 +125,11 @@ ScoreParams score_params(const Problem& problem) {
   set_lengths(params, problem);
   set_blocks(params, problem);
   params.proxy_heads = problem.proxy_heads;
+  params.key_proxy_heads = problem.key_proxy_heads();
   params.head_dim = problem.head_dim;
   params.stride = problem.stride;
   params.rows = {0, problem.num_blocks()};
-  params.q_proxy_strides =
-      contiguous(problem.proxy_length(), problem.proxy_heads, problem.head_dim);
-  params.k_proxy_strides = params.q_proxy_strides;
+  set_proxies(params, problem);
   params.scale = problem.scale();
   params.dtype = problem.dtype;
   return params;
@@ -122,7 +140,8 @@ NeedParams need_params(const Problem& problem) {
   set_lengths(params, problem);
   set_heads(params, problem);
   set_blocks(params, problem);
-  params.gamma = 0.95;
+  params.num_sink_blocks = 1;
+  params.num_local_blocks = 1;
   params.scale = problem.scale();
   return params;
 }
@@ -135,7 +154,7 @@ SelectParams select_params(const Problem& problem) {
   params.proxy_heads = problem.proxy_heads;
   params.num_sink_blocks = 1;
   params.num_local_blocks = 1;
-  params.rows = {0, problem.num_blocks()};
+  params.rows = params.list_rows = {0, problem.num_blocks()};
   return params;
 }
 
@@ -166,6 +185,7 @@ PipelineParams pipeline_params(const Problem& problem) {
   params.out_strides = params.q_strides;
   params.max_workspace_bytes = INT64_MAX;
   params.scale = problem.scale();
+  params.pooling = problem.pooling;
   return params;
 }
 

@@ -19,6 +19,7 @@ struct Problem {
   int64_t stride;
   int64_t block_size;
   bool causal;
+  Pooling pooling;
   DType dtype;
 
   BlockGrid grid() const { return {length, length, block_size, block_size, 0, causal}; }
@@ -28,7 +29,9 @@ struct Problem {
 
   int64_t q_elements() const { return batch * length * q_heads * head_dim; }
   int64_t kv_elements() const { return batch * length * kv_heads * head_dim; }
-  int64_t proxy_elements() const { return batch * proxy_length() * proxy_heads * head_dim; }
+  int64_t key_proxy_heads() const { return min_of(proxy_heads, kv_heads); }
+  int64_t q_proxy_elements() const { return batch * proxy_length() * proxy_heads * head_dim; }
+  int64_t k_proxy_elements() const { return batch * proxy_length() * key_proxy_heads() * head_dim; }
   int64_t cells() const { return batch * proxy_heads * num_blocks() * num_blocks(); }
   // Visible (query block, key block) pairs of one head.
   int64_t visible_blocks() const;
@@ -40,6 +43,7 @@ struct Problem {
 
 // Axes that the benchmark doesn't have take the defaults of the function.
 Problem problem_of(const Case& one);
+BudgetMode budget_mode_of(const std::string& name);
 
 PoolParams pool_params(const Problem& problem);
 ScoreParams score_params(const Problem& problem);

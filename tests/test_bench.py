@@ -10,13 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ["attention", "budget", "pipeline", "pool", "score", "select"]
+STAGES = ["attention", "needs", "pipeline", "pool", "score", "select"]
 
 #: Small enough for a test: one length that is no multiple of a block, few heads.
 TINY = {
     "attention": ["--length=200", "--lists=all,random:0.5,nested:0.5", "--head_dim=64"],
-    "budget": ["--length=200", "--head_dim=64"],
-    "pipeline": ["--length=200", "--head_dim=64", "--density=0.5"],
+    "needs": ["--length=200", "--head_dim=64"],
+    "pipeline": ["--length=200", "--head_dim=64", "--density=0.5", "--pooling=mean,first"],
     "pool": ["--length=200"],
     "score": ["--length=200", "--head_dim=64"],
     "select": ["--length=1000"],
@@ -51,7 +51,7 @@ def json_lines(text: str) -> list[dict]:
 def test_stage_runs_and_reports(stage, device):
     binary = find_binary(f"bench_{stage}")
     axes = run([binary, "--help"]).stdout
-    heads = ("--q_heads=4", "--kv_heads=2", "--proxy_heads=1,2")
+    heads = ("--q_heads=4", "--kv_heads=2", "--proxy_heads=1,2,4")
     heads = [option for option in heads if option.split("=")[0] in axes]
     options = ["--device", device, "--time-limit=0.01", "--json"]
     result = run([binary, *options, *heads, *TINY[stage]])
@@ -84,9 +84,21 @@ def test_attention_counts_executed_blocks():
     assert diagonal["dense_tflops"] == 0
 
 
+def test_pool_counts_what_it_must_read():
+    binary = find_binary("bench_pool")
+    shape = ["--length=202", "--q_heads=6", "--kv_heads=2", "--proxy_heads=6", "--head_dim=64"]
+    result = run([binary, *shape, "--pooling=mean,first", "--dtype=fp32", "--json"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    _, mean, first = json_lines(result.stdout)
+    # 8 heads read, of all tokens or of 51 windows' first; 6 query and 2 key proxies written.
+    for case, tokens in ((mean, 202), (first, 51)):
+        read = case["gb_per_s"] * 1e9 * case["median_ms"] / 1e3
+        assert read == pytest.approx(4 * 64 * 8 * (tokens + 51), rel=1e-3)
+
+
 def test_table_names_the_cases():
     binary = find_binary("bench_pool")
-    result = run([binary, "--length=64,128", "--time-limit=0.01", "--cold"])
+    result = run([binary, "--length=64,128", "--pooling=mean", "--time-limit=0.01", "--cold"])
     assert result.returncode == 0, result.stdout + result.stderr
     lines = result.stdout.splitlines()
     assert any(line.startswith("# revision: ") for line in lines)
@@ -96,9 +108,10 @@ def test_table_names_the_cases():
 
 def test_list_and_filter():
     binary = find_binary("bench_score")
-    every = run([binary, "--list", "--length=128,256", "--mass=0,1"]).stdout.splitlines()
+    options = ["--length=128,256", "--proxy_heads=2", "--mass=0,1"]
+    every = run([binary, "--list", *options]).stdout.splitlines()
     assert len(every) == 4
-    some = run([binary, "--list", "--length=128,256", "--filter=length=256"]).stdout.splitlines()
+    some = run([binary, "--list", *options, "--filter=length=256"]).stdout.splitlines()
     assert some == [line for line in every if "length=256" in line]
 
 
@@ -117,10 +130,19 @@ def test_wrong_command_line(options, message):
     assert result.stderr.strip() == message
 
 
-def test_failed_case_is_named():
-    result = run([find_binary("bench_pool"), "--length=64", "--head_dim=100"])
+@pytest.mark.parametrize(
+    ("bench", "options", "message"),
+    [
+        ("pool", ["--head_dim=100"], "pool_heads: head_dim must be one of 64, 128, 256"),
+        ("pool", ["--pooling=last"], "bench: pooling must be mean or first, got last"),
+        ("score", ["--proxy_heads=3"], "score_blocks: k_proxy must have heads that divide"),
+        ("select", ["--mode=all"], "bench: mode must be top_p or last_block, got all"),
+    ],
+)
+def test_failed_case_is_named(bench, options, message):
+    result = run([find_binary(f"bench_{bench}"), "--length=64", *options])
     assert result.returncode == 1
-    assert "failed: pool_heads: head_dim must be one of 64, 128, 256" in result.stdout
+    assert f"failed: {message}" in result.stdout
 
 
 # ---- compare.py

@@ -8,6 +8,12 @@
 
 namespace proxyattn {
 
+// Neighbouring queries, by the positions of the first and the last of them.
+struct QuerySpan {
+  int64_t first;
+  int64_t last;
+};
+
 // Blocks are of 1 to 1024 tokens. Everything else may be any number, as lengths may come from where
 // nobody can check them: counts are never negative, places never outside, and nothing overflows.
 struct BlockGrid {
@@ -29,12 +35,21 @@ struct BlockGrid {
     const int64_t end = (clamp(m, -1, kManyBlocks) + 1) * q_block;
     return offset() + min_of(end, tokens(q_len)) - 1;
   }
-
-  // Key blocks [0, visible) that query block m can see.
-  PROXYATTN_HOST_DEVICE int64_t visible(int64_t m) const {
-    if (!causal) return num_kv_blocks();
-    return ceil_div(clamp(last_position(m) + 1, 0, tokens(kv_len)), kv_block);
+  PROXYATTN_HOST_DEVICE QuerySpan queries(int64_t m) const {
+    return {first_position(m), last_position(m)};
   }
+  // As many queries as a whole block has, or all, up to the last one: they may lie in two blocks.
+  PROXYATTN_HOST_DEVICE QuerySpan last_queries() const {
+    const int64_t end = offset() + tokens(q_len);
+    return {end - min_of(q_block, tokens(q_len)), end - 1};
+  }
+
+  // Key blocks [0, visible) that any query of a span or of query block m can see.
+  PROXYATTN_HOST_DEVICE int64_t visible(const QuerySpan& span) const {
+    if (!causal) return num_kv_blocks();
+    return ceil_div(clamp(span.last + 1, 0, tokens(kv_len)), kv_block);
+  }
+  PROXYATTN_HOST_DEVICE int64_t visible(int64_t m) const { return visible(queries(m)); }
 
  private:
   // More tokens than there can be, few enough for a sum of some. So many blocks hold as many.
@@ -52,8 +67,8 @@ struct BlockGrid {
   }
 };
 
-// The forced blocks of one query block: the local ones [local_begin, visible), latest first, then
-// the sink blocks [0, num_sinks), earliest first.
+// The forced blocks of one query block, or of a span of queries that is treated as one: the local
+// ones [local_begin, visible), latest first, then the sink blocks [0, num_sinks), earliest first.
 struct ForcedBlocks {
   int64_t visible;
   int64_t local_begin;
@@ -63,26 +78,14 @@ struct ForcedBlocks {
                                      int64_t m,
                                      int64_t num_sink_blocks,
                                      int64_t num_local_blocks)
-      : ForcedBlocks(
-            grid, grid.first_position(m), grid.visible(m), num_sink_blocks, num_local_blocks) {}
-
-  // Of a query block of exactly the last `num_queries` queries, wherever it begins.
-  static PROXYATTN_HOST_DEVICE ForcedBlocks of_last_queries(const BlockGrid& grid,
-                                                            int64_t num_queries,
-                                                            int64_t num_sink_blocks,
-                                                            int64_t num_local_blocks) {
-    return {grid, grid.q_offset + grid.q_len - num_queries, grid.visible(grid.num_q_blocks() - 1),
-            num_sink_blocks, num_local_blocks};
-  }
-
+      : ForcedBlocks(grid, grid.queries(m), num_sink_blocks, num_local_blocks) {}
   PROXYATTN_HOST_DEVICE ForcedBlocks(const BlockGrid& grid,
-                                     int64_t first_position,
-                                     int64_t num_visible,
+                                     const QuerySpan& span,
                                      int64_t num_sink_blocks,
                                      int64_t num_local_blocks)
-      : visible(num_visible), local_begin(visible), num_sinks(0) {
+      : visible(grid.visible(span)), local_begin(visible), num_sinks(0) {
     if (grid.causal && num_local_blocks > 0) {
-      const int64_t own = max_of<int64_t>(0, first_position) / grid.kv_block;
+      const int64_t own = max_of<int64_t>(0, span.first) / grid.kv_block;
       local_begin = min_of(visible, own - min_of(own, num_local_blocks - 1));
     }
     num_sinks = min_of(max_of<int64_t>(0, num_sink_blocks), local_begin);

@@ -240,8 +240,8 @@ ScoreParams Pipeline<Stages, kJob>::score_params(const BlockRange& rows) const {
   s.scale = p_.scale;
   s.causal = p_.causal;
   s.dtype = p_.dtype;
-  // Rows that the budgets alone decide: not where lists are the result, nor with top_p, where counts
-  // come from the scores.
+  // Rows that the budgets alone decide: not where lists are the result, nor with top_p, where
+  // counts come from the scores.
   s.budgets = kAttends && !top_p() ? at<int32_t>(needs_) : nullptr;
   s.q_heads = p_.q_heads;
   return s;

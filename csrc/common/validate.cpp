@@ -123,12 +123,12 @@ void validate_score(const ScoreParams& p, const char* op) {
   check_rows(op, p.rows, p.q_len, p.q_block);
 }
 
-const char* needs_op(BudgetMode mode) {
-  return mode == BudgetMode::kLastBlock ? "estimate_budgets" : "estimate_shares";
+const char* needs_op(const NeedParams& p) {
+  return p.mode == BudgetMode::kLastBlock ? "estimate_budgets" : "estimate_shares";
 }
 
 void validate_needs(const NeedParams& p) {
-  const char* op = needs_op(p.mode);
+  const char* op = needs_op(p);
   check_lengths(op, p.batch, p.q_len, p.kv_len, p.causal);
   check_heads(op, p.q_heads, p.kv_heads);
   check_head_dim(op, p.head_dim);

@@ -14,8 +14,7 @@ namespace proxyattn {
 void validate_pool(const PoolParams& params, const char* op = "pool_heads");
 void validate_score(const ScoreParams& params, const char* op = "score_blocks");
 void validate_needs(const NeedParams& params);
-// The op that estimates what a mode needs.
-const char* needs_op(BudgetMode mode);
+const char* needs_op(const NeedParams& params);  // the op that estimates what these ask for
 void validate_select(const SelectParams& params, const char* op = "select_blocks");
 void validate_attention(const AttentionParams& params, const char* op = "block_sparse_attention");
 void validate_pipeline(const PipelineParams& params, const char* op = "proxy_attention");

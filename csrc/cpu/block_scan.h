@@ -1,5 +1,5 @@
 // The softmax of some query rows over all their keys, summed up by key block: what score_blocks and
-// estimate_budgets share. Keys are read once; per row and key block the largest score and the sum
+// estimate_needs share. Keys are read once; per row and key block the largest score and the sum
 // of exponentials relative to it are kept, from which probabilities follow when all blocks are
 // known.
 #pragma once

@@ -1,12 +1,14 @@
-// Stage 3 on the CPU: tasks scan pieces of the keys for the last query block of one head; when all
-// pieces of a head are known, its block masses are sorted and counted.
+// Stage 3 on the CPU: tasks scan pieces of the keys for the last queries of one head; when all
+// pieces of a head are known, its block masses are sorted and counted, or the forced ones added up.
 #include "proxyattn/needs.h"
 
 #include <algorithm>
 #include <functional>
+#include <limits>
 
 #include "proxyattn/device.h"
 
+#include "common/block_grid.h"
 #include "common/validate.h"
 #include "cpu/block_scan.h"
 #include "cpu/parallel.h"
@@ -46,14 +48,28 @@ int64_t heads_at_a_time(const NeedParams& p) {
   return max_of<int64_t>(1, min_of(fitting, p.batch * p.q_heads));
 }
 
-// True when gamma and the lengths alone settle the budget.
+bool sees_nothing(const NeedParams& p) {
+  return p.q_len == 0 || p.kv_len == 0;
+}
+
+// True when the settings and the lengths alone settle what every head needs.
 bool is_trivial(const NeedParams& p) {
-  return p.q_len == 0 || p.kv_len == 0 || !(p.gamma > 0.0 && p.gamma < 1.0);
+  const bool depends_on_scores = p.mode == BudgetMode::kTopP || (p.gamma > 0.0 && p.gamma < 1.0);
+  return sees_nothing(p) || !depends_on_scores;
 }
 
 int32_t trivial_budget(const NeedParams& p) {
-  if (p.q_len == 0 || p.kv_len == 0) return 0;
+  if (sees_nothing(p)) return 0;
   return p.gamma <= 0.0 ? 1 : static_cast<int32_t>(ceil_div(p.kv_len, p.kv_block));
+}
+
+void write_trivial(const NeedParams& p) {
+  const int64_t num_heads = p.batch * p.q_heads;
+  if (p.mode == BudgetMode::kLastBlock) {
+    std::fill_n(p.budgets, num_heads, trivial_budget(p));
+  } else {
+    std::fill_n(p.shares, num_heads, std::numeric_limits<float>::quiet_NaN());
+  }
 }
 
 class Estimator {
@@ -61,7 +77,8 @@ class Estimator {
   explicit Estimator(const NeedParams& params)
       : p_(params),
         kernels_(kernels()),
-        num_blocks_(ceil_div(p_.kv_len, p_.kv_block)),
+        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal},
+        num_blocks_(grid_.num_kv_blocks()),
         heads_at_a_time_(cpu::heads_at_a_time(p_)),
         head_bytes_(head_scratch_bytes(p_)),
         scan_bytes_(scan_scratch_bytes(p_)) {}
@@ -89,7 +106,15 @@ class Estimator {
     });
     const double finish_work = static_cast<double>(num_heads * num_blocks_ * kMaxScanRows);
     parallel_for(num_heads, num_workers(finish_work), [&](int64_t slot, int) {
-      p_.budgets[first_head + slot] = finish(scan_of(first_head + slot), head_scratch(slot));
+      const int64_t head = first_head + slot;
+      const BlockScan scan = scan_of(head);
+      double* mass = head_scratch(slot).mass;
+      sum_rows(scan, head_scratch(slot).stats, mass);
+      if (p_.mode == BudgetMode::kLastBlock) {
+        p_.budgets[head] = static_cast<int32_t>(blocks_to_reach_gamma(mass, scan.num_blocks()));
+      } else {
+        p_.shares[head] = forced_share(mass, scan.num_blocks());
+      }
     });
   }
 
@@ -98,30 +123,30 @@ class Estimator {
     const int64_t q_head = head % p_.q_heads;
     const int64_t kv_head = q_head / (p_.q_heads / p_.kv_heads);
     BlockScan scan{};
-    scan.num_rows = min_of(p_.q_block, p_.q_len);
+    const QuerySpan queries = grid_.last_queries();
+    scan.num_rows = queries.last - queries.first + 1;
     const int64_t first_query = p_.q_len - scan.num_rows;
     scan.queries = head_rows(p_.q, p_.q_strides, p_.dtype, batch, q_head, first_query);
     scan.keys = head_rows(p_.k, p_.k_strides, p_.dtype, batch, kv_head, 0);
     scan.num_keys = p_.kv_len;
     scan.keys_per_block = p_.kv_block;
     scan.head_dim = p_.head_dim;
-    scan.first_seen = p_.causal ? p_.q_offset + first_query + 1 : p_.kv_len;
+    scan.first_seen = p_.causal ? queries.first + 1 : p_.kv_len;
     scan.scale = p_.scale;
     return scan;
   }
 
-  int32_t finish(const BlockScan& scan, const HeadScratch& head) const {
-    finish_scan(kernels_, scan, head.stats);
-    const int64_t num_blocks = scan.num_blocks();
-    for (int64_t n = 0; n < num_blocks; ++n) {
-      const float* sum = head.stats.sum + n * kMaxScanRows;
+  // mass[n]: mean over the rows of the probability in key block n.
+  void sum_rows(const BlockScan& scan, const BlockStats& stats, double* mass) const {
+    finish_scan(kernels_, scan, stats);
+    for (int64_t n = 0; n < scan.num_blocks(); ++n) {
+      const float* sum = stats.sum + n * kMaxScanRows;
       double total = 0.0;
       for (int64_t row = scan.first_row(n); row < scan.num_rows; ++row) {
         total += static_cast<double>(sum[row]);
       }
-      head.mass[n] = total / static_cast<double>(scan.num_rows);
+      mass[n] = total / static_cast<double>(scan.num_rows);
     }
-    return static_cast<int32_t>(blocks_to_reach_gamma(head.mass, num_blocks));
   }
 
   int64_t blocks_to_reach_gamma(double* mass, int64_t num_blocks) const {
@@ -139,6 +164,17 @@ class Estimator {
     return num_blocks_;
   }
 
+  // The part of the mass that lies in blocks which are read anyway.
+  float forced_share(const double* mass, int64_t num_blocks) const {
+    const ForcedBlocks forced(grid_, grid_.last_queries(), p_.num_sink_blocks, p_.num_local_blocks);
+    double held = 0.0;
+    double rest = 0.0;
+    for (int64_t n = 0; n < num_blocks; ++n) (forced.rank_of(n) >= 0 ? held : rest) += mass[n];
+    const double total = held + rest;
+    if (!(total > 0.0)) return std::numeric_limits<float>::quiet_NaN();
+    return static_cast<float>(held / total);
+  }
+
   // The workspace holds the heads' arrays, then one scan scratch per worker.
   HeadScratch head_scratch(int64_t slot) const {
     ScratchLayout layout(static_cast<std::byte*>(p_.workspace) + slot * head_bytes_);
@@ -152,6 +188,7 @@ class Estimator {
 
   const NeedParams& p_;
   const Kernels& kernels_;
+  const BlockGrid grid_;
   const int64_t num_blocks_;
   const int64_t heads_at_a_time_;
   const int64_t head_bytes_;
@@ -169,10 +206,10 @@ int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
 
 void estimate_needs(const NeedParams& params) {
   validate_needs(params);
-  validate_workspace("estimate_budgets", params.workspace, params.workspace_bytes,
+  validate_workspace(needs_op(params), params.workspace, params.workspace_bytes,
                      estimate_needs_workspace_bytes(params));
   if (is_trivial(params)) {
-    std::fill_n(params.budgets, params.batch * params.q_heads, trivial_budget(params));
+    write_trivial(params);
   } else {
     Estimator(params).run();
   }

@@ -64,7 +64,8 @@ class Scorer {
 
     BlockScan scan{};
     scan.queries = head_rows(p_.q_proxy, p_.q_proxy_strides, p_.dtype, batch, group, first_row);
-    scan.keys = head_rows(p_.k_proxy, p_.k_proxy_strides, p_.dtype, batch, group, 0);
+    const int64_t key_head = group * p_.key_proxy_heads / p_.proxy_heads;
+    scan.keys = head_rows(p_.k_proxy, p_.k_proxy_strides, p_.dtype, batch, key_head, 0);
     scan.num_rows = end_row - first_row;
     scan.num_keys = ceil_div(p_.kv_len, p_.stride);
     scan.keys_per_block = p_.kv_block / p_.stride;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "common/block_grid.h"
 #include "common/validate.h"
@@ -12,10 +11,8 @@
 namespace proxyattn::cpu {
 namespace {
 
-// Shares this far below the target count as reached, so that rounding costs no block.
-constexpr double kShareSlack = 1e-6;
-// The target of heads that take every block: no share reaches it.
-constexpr double kTakeAll = std::numeric_limits<double>::infinity();
+// Masses this part of the whole below what is needed will do, so that rounding costs no block.
+constexpr double kNeedSlack = 1e-6;
 
 class Selector {
  public:
@@ -23,48 +20,42 @@ class Selector {
       : p_(params),
         grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal},
         num_blocks_(grid_.num_kv_blocks()),
-        num_rows_(p_.rows.end - p_.rows.begin),
         heads_per_list_(p_.q_heads / p_.proxy_heads),
         min_blocks_(ceil_div(min_of(p_.min_budget, p_.kv_len), p_.kv_block)) {}
 
   void run() const {
-    if (num_rows_ == 0) return;
     const int64_t num_lists = p_.batch * p_.proxy_heads;
-    const double row_work = static_cast<double>(num_blocks_ * kSortWork);
-    int64_t end = p_.rows.end;
-    if (p_.budget_mode == BudgetMode::kTopP && end == grid_.num_q_blocks()) {
-      // The last query block sets the targets of all others and so goes first.
-      --end;
-      parallel_for(num_lists, num_workers(row_work * static_cast<double>(num_lists)),
-                   [&](int64_t list, int) {
-                     rank(list, end);
-                     set_shares(list, end);
-                     count(list, end);
-                   });
-    }
-    const int64_t rows = end - p_.rows.begin;
-    parallel_for(num_lists * rows, num_workers(row_work * static_cast<double>(num_lists * rows)),
-                 [&](int64_t task, int) {
-                   const int64_t m = end - 1 - task / num_lists;
-                   rank(task % num_lists, m);
-                   count(task % num_lists, m);
-                 });
+    const int64_t num_tasks = num_lists * (p_.rows.end - p_.rows.begin);
+    const double work = static_cast<double>(num_tasks) * static_cast<double>(num_blocks_) *
+                        static_cast<double>(kSortWork);
+    // Later rows see more keys and go first.
+    parallel_for(num_tasks, num_workers(work), [&](int64_t task, int) {
+      const int64_t list = task % num_lists;
+      const int64_t m = p_.rows.end - 1 - task / num_lists;
+      const ForcedBlocks forced(grid_, m, p_.num_sink_blocks, p_.num_local_blocks);
+      rank(list, m, forced);
+      count(list, m, forced);
+    });
   }
 
  private:
   // Cost of ranking one block, in multiply-adds of the parallel regions' measure.
   static constexpr int64_t kSortWork = 500;
 
-  // Row m of a [batch * proxy_heads, rows, blocks] tensor.
-  template <typename T>
-  T* row_of(T* tensor, int64_t list, int64_t m) const {
-    return tensor + (list * num_rows_ + m - p_.rows.begin) * num_blocks_;
+  // Where row m of list or head `i` begins among those that a tensor holds `held` of.
+  static int64_t row_idx(int64_t i, int64_t m, const BlockRange& held) {
+    return i * (held.end - held.begin) + m - held.begin;
+  }
+  const float* scores_of(const float* tensor, int64_t list, int64_t m) const {
+    return tensor + row_idx(list, m, p_.rows) * num_blocks_;
+  }
+  int32_t* ranking_of(int64_t list, int64_t m) const {
+    return p_.indices + row_idx(list, m, p_.list_rows) * num_blocks_;
   }
 
-  void rank(int64_t list, int64_t m) const {
-    const float* peak = row_of(p_.peak, list, m);
-    int32_t* ranking = row_of(p_.indices, list, m);
-    const ForcedBlocks forced(grid_, m, p_.num_sink_blocks, p_.num_local_blocks);
+  void rank(int64_t list, int64_t m, const ForcedBlocks& forced) const {
+    const float* peak = scores_of(p_.peak, list, m);
+    int32_t* ranking = ranking_of(list, m);
     int32_t* end = ranking;
     for (int64_t i = 0; i < forced.count(); ++i) *end++ = static_cast<int32_t>(forced.block_at(i));
     int32_t* const first_free = end;
@@ -79,59 +70,54 @@ class Selector {
     std::fill(end, ranking + num_blocks_, -1);
   }
 
-  double ranked_mass(int64_t list, int64_t m, int64_t num_ranked) const {
-    const float* mass = row_of(p_.mass, list, m);
-    const int32_t* ranking = row_of(p_.indices, list, m);
+  void count(int64_t list, int64_t m, const ForcedBlocks& forced) const {
+    const int64_t least = max_of(min_blocks_, max_of<int64_t>(1, forced.count()));
+    // Heads are numbered over the batch, as lists are.
+    const int64_t first_head = list * heads_per_list_;
+    const bool top_p = p_.budget_mode == BudgetMode::kTopP;
+    const double free_mass = top_p ? mass_outside(list, m, forced) : 0.0;
+    for (int64_t h = first_head; h < first_head + heads_per_list_; ++h) {
+      const int64_t wanted =
+          top_p ? blocks_to_hold(list, m, forced, static_cast<double>(p_.shares[h]), free_mass)
+                : p_.budgets[h];
+      p_.counts[row_idx(h, m, p_.list_rows)] =
+          static_cast<int32_t>(min_of(max_of(wanted, least), forced.visible));
+    }
+  }
+
+  // The row's mass outside the forced blocks; a NaN anywhere in what is visible makes it NaN.
+  double mass_outside(int64_t list, int64_t m, const ForcedBlocks& forced) const {
+    const float* mass = scores_of(p_.mass, list, m);
+    const int32_t* ranking = ranking_of(list, m);
     double sum = 0.0;
-    for (int64_t i = 0; i < num_ranked; ++i) sum += static_cast<double>(mass[ranking[i]]);
+    for (int64_t i = 0; i < forced.visible; ++i) {
+      const double value = static_cast<double>(mass[ranking[i]]);
+      if (i >= forced.count() || std::isnan(value)) sum += value;
+    }
     return sum;
   }
 
-  // First of the heads that read the list: heads are numbered over the batch, as lists are.
-  int64_t first_head(int64_t list) const { return list * heads_per_list_; }
-
-  void set_shares(int64_t list, int64_t last) const {
-    const int64_t visible = grid_.visible(last);
-    const double total = ranked_mass(list, last, visible);
-    for (int64_t h = first_head(list); h < first_head(list + 1); ++h) {
-      const int64_t budget = max_of(p_.budgets[h], 0);
-      p_.shares[h] = budget >= visible ? kTakeAll : ranked_mass(list, last, budget) / total;
+  // The forced blocks and the shortest run of the ranking after them that holds what a head whose
+  // forced blocks hold `share` needs of the rest; all blocks if something is NaN.
+  int64_t blocks_to_hold(
+      int64_t list, int64_t m, const ForcedBlocks& forced, double share, double free_mass) const {
+    if (p_.gamma >= 1.0 || std::isnan(share) || std::isnan(free_mass)) return forced.visible;
+    if (share >= 1.0 || free_mass <= 0.0) return forced.count();
+    const double need = (p_.gamma - share) / (1.0 - share);  // negative: none, as 0 is
+    const double wanted = (need - kNeedSlack) * free_mass;
+    const float* mass = scores_of(p_.mass, list, m);
+    const int32_t* ranking = ranking_of(list, m);
+    double held = 0.0;
+    for (int64_t i = forced.count(); i < forced.visible; ++i) {
+      if (held >= wanted) return i;
+      held += static_cast<double>(mass[ranking[i]]);
     }
-  }
-
-  // Length of the shortest prefix of row m's ranking that holds the share; all if none does, as
-  // when a NaN is among the masses.
-  int64_t blocks_to_cover(int64_t list, int64_t m, double share) const {
-    const int64_t visible = grid_.visible(m);
-    if (share == kTakeAll) return visible;
-    const float* mass = row_of(p_.mass, list, m);
-    const int32_t* ranking = row_of(p_.indices, list, m);
-    const double total = ranked_mass(list, m, visible);
-    double sum = 0.0;
-    for (int64_t i = 0; i < visible; ++i) {
-      if (sum / total >= share - kShareSlack) return i;
-      sum += static_cast<double>(mass[ranking[i]]);
-    }
-    return visible;
-  }
-
-  void count(int64_t list, int64_t m) const {
-    const ForcedBlocks forced(grid_, m, p_.num_sink_blocks, p_.num_local_blocks);
-    const int64_t least = max_of<int64_t>(1, forced.count());
-    for (int64_t h = first_head(list); h < first_head(list + 1); ++h) {
-      int64_t blocks = p_.budget_mode == BudgetMode::kTopP
-                           ? blocks_to_cover(list, m, p_.shares[h])
-                           : p_.budgets[h];
-      blocks = max_of(max_of(blocks, min_blocks_), least);
-      p_.counts[h * num_rows_ + m - p_.rows.begin] =
-          static_cast<int32_t>(min_of(blocks, forced.visible));
-    }
+    return forced.visible;
   }
 
   const SelectParams& p_;
   const BlockGrid grid_;
   const int64_t num_blocks_;
-  const int64_t num_rows_;
   const int64_t heads_per_list_;
   const int64_t min_blocks_;
 };

@@ -24,6 +24,8 @@ struct Backend {
   void (*select_blocks)(const SelectParams&, Stream);
   int64_t (*block_sparse_attention_workspace_bytes)(const AttentionParams&);
   void (*block_sparse_attention)(const AttentionParams&, Stream);
+  int64_t (*choose_blocks_workspace_bytes)(const PipelineParams&);
+  void (*choose_blocks)(const PipelineParams&, Stream);
   int64_t (*proxy_attention_workspace_bytes)(const PipelineParams&);
   void (*proxy_attention)(const PipelineParams&, Stream);
 };

@@ -55,6 +55,18 @@ void check_same(const char* op,
                    ", got ", name_of(tensor.scalar_type()));
 }
 
+void check_input(const char* op,
+                 const char* name,
+                 const at::Tensor& tensor,
+                 at::ScalarType dtype,
+                 std::initializer_list<int64_t> expected,
+                 const char* other_name,
+                 const at::Tensor& other) {
+  check_dtype(op, name, tensor, dtype);
+  check_device(op, name, tensor, other_name, other);
+  check_shape(op, name, tensor, expected);
+}
+
 void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor) {
   check_rank(op, name, tensor, 4);
   const at::ScalarType type = tensor.scalar_type();
@@ -72,13 +84,17 @@ void check_heads_tensor(const char* op, const char* name, const at::Tensor& tens
                     tensor.strides());
 }
 
-void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k) {
   check_heads_tensor(op, "q", q);
   check_heads_tensor(op, "k", k);
-  check_heads_tensor(op, "v", v);
   check_same(op, "k", k, "q", q);
-  check_same(op, "v", v, "q", q);
   check_shape(op, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
+}
+
+void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  check_qk(op, q, k);
+  check_heads_tensor(op, "v", v);
+  check_same(op, "v", v, "q", q);
   check_shape(op, "v", v, {k.size(0), k.size(1), k.size(2), k.size(3)});
 }
 
@@ -97,11 +113,17 @@ TokenStrides strides_of(const at::Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+Pooling pooling_of(const char* op, std::string_view name) {
+  if (name == "mean") return Pooling::kMean;
+  TORCH_CHECK_VALUE(name == "first", op, ": pooling must be 'mean' or 'first', got '", name, "'");
+  return Pooling::kFirst;
+}
+
 BudgetMode budget_mode_of(const char* op, std::string_view name) {
-  if (name == "last_block") return BudgetMode::kLastBlock;
-  TORCH_CHECK_VALUE(name == "coverage", op,
-                    ": budget_mode must be 'last_block' or 'coverage', got '", name, "'");
-  return BudgetMode::kTopP;
+  if (name == "top_p") return BudgetMode::kTopP;
+  TORCH_CHECK_VALUE(name == "last_block", op,
+                    ": budget_mode must be 'top_p' or 'last_block', got '", name, "'");
+  return BudgetMode::kLastBlock;
 }
 
 float scale_or_default(std::optional<double> scale, int64_t head_dim) {

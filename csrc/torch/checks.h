@@ -30,16 +30,27 @@ void check_same(const char* op,
                 const char* other_name,
                 const at::Tensor& other);
 
+// A whole input: its dtype, the device of another tensor, its shape.
+void check_input(const char* op,
+                 const char* name,
+                 const at::Tensor& tensor,
+                 at::ScalarType dtype,
+                 std::initializer_list<int64_t> expected,
+                 const char* other_name,
+                 const at::Tensor& other);
+
 // A [batch, tokens, heads, head_dim] input: rank 4, a floating type that its device has kernels
 // for, last dimension contiguous.
 void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor);
 
-// q, k and v as attention takes them: each a heads tensor, shapes that fit together.
+// q and k, or q, k and v as attention takes them: each a heads tensor, shapes that fit together.
+void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k);
 void check_qkv(const char* op, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
 
 DType dtype_of(const at::Tensor& tensor);
 TokenStrides strides_of(const at::Tensor& tensor);
 
+Pooling pooling_of(const char* op, std::string_view name);
 BudgetMode budget_mode_of(const char* op, std::string_view name);
 
 // 1 / sqrt(head_dim) unless the caller gave a scale.

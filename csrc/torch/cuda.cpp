@@ -18,6 +18,8 @@ const Backend kCudaBackend = {
     cuda::select_blocks,
     cuda::block_sparse_attention_workspace_bytes,
     cuda::block_sparse_attention,
+    cuda::choose_blocks_workspace_bytes,
+    cuda::choose_blocks,
     cuda::proxy_attention_workspace_bytes,
     cuda::proxy_attention,
 };

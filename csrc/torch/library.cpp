@@ -25,16 +25,19 @@ void refuse_backward(const c10::OperatorHandle& op,
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
-constexpr const char* kOps[] = {"pool_heads",    "score_blocks",           "estimate_budgets",
-                                "select_blocks", "block_sparse_attention", "proxy_attention"};
+constexpr const char* kOps[] = {"pool_heads",      "score_blocks",   "estimate_budgets",
+                                "estimate_shares", "select_blocks",  "block_sparse_attention",
+                                "choose_blocks",   "proxy_attention"};
 
 // One binding serves both devices: it asks backend_of() for the core functions.
 void register_kernels(torch::Library& library) {
   library.impl("pool_heads", pool_heads);
   library.impl("score_blocks", score_blocks);
   library.impl("estimate_budgets", estimate_budgets);
+  library.impl("estimate_shares", estimate_shares);
   library.impl("select_blocks", select_blocks);
   library.impl("block_sparse_attention", block_sparse_attention);
+  library.impl("choose_blocks", choose_blocks);
   library.impl("proxy_attention", proxy_attention);
 }
 
@@ -42,7 +45,7 @@ void register_kernels(torch::Library& library) {
 
 TORCH_LIBRARY(proxyattn, library) {
   library.def(
-      "pool_heads(Tensor q, Tensor k, int num_proxy_heads, int stride) "
+      "pool_heads(Tensor q, Tensor k, int num_proxy_heads, int stride, str pooling) "
       "-> (Tensor q_proxy, Tensor k_proxy)");
   library.def(
       "score_blocks(Tensor q_proxy, Tensor k_proxy, SymInt q_len, SymInt kv_len, int stride, "
@@ -51,17 +54,25 @@ TORCH_LIBRARY(proxyattn, library) {
       "estimate_budgets(Tensor q, Tensor k, float gamma, int block_size, bool causal, "
       "float? scale) -> Tensor budgets");
   library.def(
-      "select_blocks(Tensor peak, Tensor mass, Tensor budgets, SymInt q_len, SymInt kv_len, "
-      "int block_size, bool causal, str budget_mode, int min_budget, int num_sink_blocks, "
-      "int num_local_blocks) -> (Tensor indices, Tensor counts)");
+      "estimate_shares(Tensor q, Tensor k, int block_size, bool causal, float? scale, "
+      "int num_sink_blocks, int num_local_blocks) -> Tensor shares");
+  library.def(
+      "select_blocks(Tensor peak, Tensor? mass, Tensor needs, SymInt q_len, SymInt kv_len, "
+      "int num_heads, int block_size, bool causal, str budget_mode, float gamma, int min_budget, "
+      "int num_sink_blocks, int num_local_blocks) -> (Tensor indices, Tensor counts)");
   library.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
       "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)");
   library.def(
+      "choose_blocks(Tensor q, Tensor k, bool causal, float? scale, float gamma, int stride, "
+      "str pooling, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
+      "int num_sink_blocks, int num_local_blocks, Tensor? shares, int? max_workspace_bytes) "
+      "-> (Tensor indices, Tensor counts)");
+  library.def(
       "proxy_attention(Tensor q, Tensor k, Tensor v, bool causal, float? scale, float gamma, "
-      "int stride, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
-      "int num_sink_blocks, int num_local_blocks, bool return_lse, int? max_workspace_bytes) "
-      "-> (Tensor out, Tensor lse)");
+      "int stride, str pooling, int block_size, int num_proxy_heads, str budget_mode, "
+      "int min_budget, int num_sink_blocks, int num_local_blocks, Tensor? shares, "
+      "bool return_lse, int? max_workspace_bytes) -> (Tensor out, Tensor lse)");
 }
 
 TORCH_LIBRARY_IMPL(proxyattn, CPU, library) {

@@ -14,7 +14,8 @@ using TensorPair = std::tuple<at::Tensor, at::Tensor>;
 TensorPair pool_heads(const at::Tensor& q,
                       const at::Tensor& k,
                       int64_t num_proxy_heads,
-                      int64_t stride);
+                      int64_t stride,
+                      std::string_view pooling);
 
 TensorPair score_blocks(const at::Tensor& q_proxy,
                         const at::Tensor& k_proxy,
@@ -33,14 +34,24 @@ at::Tensor estimate_budgets(const at::Tensor& q,
                             bool causal,
                             std::optional<double> scale);
 
+at::Tensor estimate_shares(const at::Tensor& q,
+                           const at::Tensor& k,
+                           int64_t block_size,
+                           bool causal,
+                           std::optional<double> scale,
+                           int64_t num_sink_blocks,
+                           int64_t num_local_blocks);
+
 TensorPair select_blocks(const at::Tensor& peak,
-                         const at::Tensor& mass,
-                         const at::Tensor& budgets,
+                         const std::optional<at::Tensor>& mass,
+                         const at::Tensor& needs,
                          int64_t q_len,
                          int64_t kv_len,
+                         int64_t num_heads,
                          int64_t block_size,
                          bool causal,
                          std::string_view budget_mode,
+                         double gamma,
                          int64_t min_budget,
                          int64_t num_sink_blocks,
                          int64_t num_local_blocks);
@@ -55,6 +66,22 @@ TensorPair block_sparse_attention(const at::Tensor& q,
                                   std::optional<double> scale,
                                   bool return_lse);
 
+TensorPair choose_blocks(const at::Tensor& q,
+                         const at::Tensor& k,
+                         bool causal,
+                         std::optional<double> scale,
+                         double gamma,
+                         int64_t stride,
+                         std::string_view pooling,
+                         int64_t block_size,
+                         int64_t num_proxy_heads,
+                         std::string_view budget_mode,
+                         int64_t min_budget,
+                         int64_t num_sink_blocks,
+                         int64_t num_local_blocks,
+                         const std::optional<at::Tensor>& shares,
+                         std::optional<int64_t> max_workspace_bytes);
+
 TensorPair proxy_attention(const at::Tensor& q,
                            const at::Tensor& k,
                            const at::Tensor& v,
@@ -62,12 +89,14 @@ TensorPair proxy_attention(const at::Tensor& q,
                            std::optional<double> scale,
                            double gamma,
                            int64_t stride,
+                           std::string_view pooling,
                            int64_t block_size,
                            int64_t num_proxy_heads,
                            std::string_view budget_mode,
                            int64_t min_budget,
                            int64_t num_sink_blocks,
                            int64_t num_local_blocks,
+                           const std::optional<at::Tensor>& shares,
                            bool return_lse,
                            std::optional<int64_t> max_workspace_bytes);
 

@@ -12,12 +12,10 @@ namespace proxyattn::binding {
 TensorPair pool_heads(const at::Tensor& q,
                       const at::Tensor& k,
                       int64_t num_proxy_heads,
-                      int64_t stride) {
+                      int64_t stride,
+                      std::string_view pooling) {
   constexpr const char* kOp = "pool_heads";
-  check_heads_tensor(kOp, "q", q);
-  check_heads_tensor(kOp, "k", k);
-  check_same(kOp, "k", k, "q", q);
-  check_shape(kOp, "k", k, {q.size(0), k.size(1), k.size(2), q.size(3)});
+  check_qk(kOp, q, k);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
@@ -31,15 +29,15 @@ TensorPair pool_heads(const at::Tensor& q,
   params.proxy_heads = num_proxy_heads;
   params.head_dim = q.size(3);
   params.stride = stride;
+  params.pooling = pooling_of(kOp, pooling);
   params.dtype = dtype_of(q);
   validate_pool(params);
 
-  at::Tensor q_proxy =
-      at::empty({params.batch, ceil_div(params.q_len, stride), num_proxy_heads, params.head_dim},
-                q.options());
-  at::Tensor k_proxy =
-      at::empty({params.batch, ceil_div(params.kv_len, stride), num_proxy_heads, params.head_dim},
-                k.options());
+  const auto proxy = [&](int64_t tokens, int64_t heads) {
+    return at::empty({params.batch, ceil_div(tokens, stride), heads, params.head_dim}, q.options());
+  };
+  at::Tensor q_proxy = proxy(params.q_len, num_proxy_heads);
+  at::Tensor k_proxy = proxy(params.kv_len, params.key_proxy_heads());
   params.q_strides = strides_of(q);
   params.k_strides = strides_of(k);
   params.q_proxy_strides = strides_of(q_proxy);

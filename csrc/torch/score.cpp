@@ -28,6 +28,7 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
   params.q_len = q_len;
   params.kv_len = kv_len;
   params.proxy_heads = q_proxy.size(2);
+  params.key_proxy_heads = k_proxy.size(2);
   params.head_dim = q_proxy.size(3);
   params.stride = stride;
   params.q_block = block_size;
@@ -40,7 +41,7 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
   check_shape(kOp, "q_proxy", q_proxy,
               {params.batch, ceil_div(q_len, stride), params.proxy_heads, params.head_dim});
   check_shape(kOp, "k_proxy", k_proxy,
-              {params.batch, ceil_div(kv_len, stride), params.proxy_heads, params.head_dim});
+              {params.batch, ceil_div(kv_len, stride), params.key_proxy_heads, params.head_dim});
   const Backend& backend = backend_of(kOp, q_proxy);
   const c10::DeviceGuard guard(q_proxy.device());
   const Stream stream = backend.begin(q_proxy);

@@ -20,7 +20,9 @@ from proxyattn._config import show_config, supported_configs
 from proxyattn.ops import (
     block_sparse_attention,
     check_block_lists,
+    choose_blocks,
     estimate_budgets,
+    estimate_shares,
     pool_heads,
     proxy_attention,
     score_blocks,
@@ -32,7 +34,9 @@ __version__ = _C.version
 __all__ = [
     "block_sparse_attention",
     "check_block_lists",
+    "choose_blocks",
     "estimate_budgets",
+    "estimate_shares",
     "pool_heads",
     "proxy_attention",
     "score_blocks",

@@ -9,10 +9,13 @@ def _ceil_div(numerator, denominator):
 
 
 def _check_devices(op, **tensors):
-    """One meta tensor among real ones brings a call here, past the checks of the kernels."""
+    """One meta tensor among real ones brings a call here, past the checks of the kernels.
+
+    The first tensor tells the device; one that is None is not looked at.
+    """
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
-        if tensor.device != first.device:
+        if tensor is not None and tensor.device != first.device:
             raise TypeError(
                 f"{op}: {name} must be on the device of {first_name}, {first.device}, "
                 f"got {tensor.device}"
@@ -20,13 +23,13 @@ def _check_devices(op, **tensors):
 
 
 @register_fake("proxyattn::pool_heads")
-def _(q, k, num_proxy_heads, stride):
+def _(q, k, num_proxy_heads, stride, pooling):
     _check_devices("pool_heads", q=q, k=k)
 
-    def pooled(x):
-        return x.new_empty(x.shape[0], _ceil_div(x.shape[1], stride), num_proxy_heads, x.shape[3])
+    def pooled(x, heads):
+        return x.new_empty(x.shape[0], _ceil_div(x.shape[1], stride), heads, x.shape[3])
 
-    return pooled(q), pooled(k)
+    return pooled(q, num_proxy_heads), pooled(k, min(num_proxy_heads, k.shape[2]))
 
 
 @register_fake("proxyattn::score_blocks")
@@ -39,16 +42,22 @@ def _(q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale, with_m
 
 
 @register_fake("proxyattn::estimate_budgets")
-def _(q, k, gamma, block_size, causal, scale):
+def _(q, k, *settings):
     _check_devices("estimate_budgets", q=q, k=k)
     return q.new_empty(q.shape[0], q.shape[2], dtype=torch.int32)
 
 
+@register_fake("proxyattn::estimate_shares")
+def _(q, k, *settings):
+    _check_devices("estimate_shares", q=q, k=k)
+    return q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)
+
+
 @register_fake("proxyattn::select_blocks")
-def _(peak, mass, budgets, q_len, kv_len, block_size, causal, budget_mode, *settings):
-    used = {"mass": mass} if budget_mode == "coverage" else {}
-    _check_devices("select_blocks", peak=peak, budgets=budgets, **used)
-    counts = peak.new_empty(peak.shape[0], budgets.shape[1], peak.shape[2], dtype=torch.int32)
+def _(peak, mass, needs, q_len, kv_len, num_heads, block_size, causal, budget_mode, *settings):
+    used_mass = mass if budget_mode == "top_p" else None
+    _check_devices("select_blocks", peak=peak, needs=needs, mass=used_mass)
+    counts = peak.new_empty(peak.shape[0], num_heads, peak.shape[2], dtype=torch.int32)
     return peak.new_empty(peak.shape, dtype=torch.int32), counts
 
 
@@ -63,7 +72,18 @@ def _(q, k, v, indices, counts, block_size, causal, scale, return_lse):
     return _attention_outputs(q, return_lse)
 
 
+@register_fake("proxyattn::choose_blocks")
+def _(q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, *settings):
+    _check_devices("choose_blocks", q=q, k=k, shares=settings[-2])
+    batch, q_len, q_heads, _ = q.shape
+    rows = _ceil_div(q_len, block_size)
+    blocks = _ceil_div(k.shape[1], block_size)
+    counts = q.new_empty(batch, q_heads, rows, dtype=torch.int32)
+    return q.new_empty(batch, num_proxy_heads, rows, blocks, dtype=torch.int32), counts
+
+
 @register_fake("proxyattn::proxy_attention")
 def _(q, k, v, *settings):
-    _check_devices("proxy_attention", q=q, k=k, v=v)
-    return _attention_outputs(q, settings[-2])
+    *_, shares, return_lse, _max_workspace_bytes = settings
+    _check_devices("proxy_attention", q=q, k=k, v=v, shares=shares)
+    return _attention_outputs(q, return_lse)

@@ -48,7 +48,7 @@ class StageOutputs(NamedTuple):
     out: Tensor  # [B, M, Hq, D]
     indices: Tensor  # int32 [B, g, Mb, Nb]
     counts: Tensor  # int32 [B, Hq, Mb]
-    budgets: Tensor  # int32 [B, Hq]
+    budgets: Tensor  # [B, Hq]: int32 budgets, or fp32 shares with top_p
 
 
 #: Names of the stages in the order in which they run.
@@ -78,32 +78,38 @@ def run_stages(
         timed: gives the context that each stage runs in, from its name in ``STAGES``.
     """
     q_len, kv_len, block_size = q.shape[1], k.shape[1], settings.block_size
-    coverage = settings.budget_mode == "coverage"
+    top_p = settings.budget_mode == "top_p"
     with timed("pool"):
         q_proxy, k_proxy = ops.pool_heads(q, k, settings.num_proxy_heads, settings.stride)
     with timed("score"):
         peak, mass = ops.score_blocks(
-            q_proxy, k_proxy, q_len, kv_len, settings.stride, block_size, True, scale, coverage
+            q_proxy, k_proxy, q_len, kv_len, settings.stride, block_size, True, scale, top_p
         )
     with timed("budget"):
-        budgets = ops.estimate_budgets(q, k, settings.gamma, block_size, True, scale)
+        if top_p:
+            sinks, local = settings.num_sink_blocks, settings.num_local_blocks
+            needs = ops.estimate_shares(q, k, block_size, True, scale, sinks, local)
+        else:
+            needs = ops.estimate_budgets(q, k, settings.gamma, block_size, True, scale)
     with timed("select"):
         indices, counts = ops.select_blocks(
             peak,
             mass,
-            budgets,
+            needs,
             q_len,
             kv_len,
+            q.shape[2],
             block_size,
             True,
             settings.budget_mode,
+            settings.gamma,
             settings.min_budget,
             settings.num_sink_blocks,
             settings.num_local_blocks,
         )
     with timed("attend"):
         out, _ = ops.block_sparse_attention(q, k, v, indices, counts, block_size, True, scale)
-    return StageOutputs(out, indices, counts, budgets)
+    return StageOutputs(out, indices, counts, needs)
 
 
 def visible_blocks(q_len: int, kv_len: int, block_size: int) -> Tensor:

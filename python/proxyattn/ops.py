@@ -6,7 +6,8 @@ CPUs too. Causal attention is aligned bottom-right: query i stands at position N
 
 All functions raise ValueError for a wrong value or shape, TypeError for a wrong dtype or device,
 RuntimeError if CUDA fails or if an input requires grad while grad mode is on: there is no backward.
-The method is that of ProxyAttn, arXiv 2509.24745; ``budget_mode="coverage"`` is this package's.
+The method is that of ProxyAttn, arXiv 2509.24745; ``pooling="mean"`` and ``budget_mode="top_p"``
+are this package's.
 """
 
 import os
@@ -16,38 +17,72 @@ from torch import Tensor
 
 #: Tokens per block. Finer blocks find more for the same time, see bench/RESULTS.md.
 DEFAULT_BLOCK_SIZE = 64
+#: Share of its attention that every head keeps, by budget mode.
+DEFAULT_GAMMA = {"top_p": 0.9, "last_block": 0.95}
 #: Tokens that every head attends to at least, by budget mode.
-DEFAULT_MIN_BUDGET = {"last_block": 2048, "coverage": 1024}
+DEFAULT_MIN_BUDGET = {"top_p": 512, "last_block": 2048}
+#: Rankings that a layer has at least, where its query heads allow as many: one proxy for many heads
+#: would stand for heads that differ.
+MIN_PROXY_HEADS = 4
 
 
-def _min_budget(min_budget: int | None, budget_mode: str) -> int:
-    if min_budget is not None:
-        return min_budget
-    # An unknown mode is reported by the op, in one place.
-    return DEFAULT_MIN_BUDGET.get(budget_mode, 0)
+def default_proxy_heads(q_heads: int, kv_heads: int) -> int:
+    """Proxy heads that ``num_proxy_heads=None`` stands for.
+
+    ``kv_heads`` if that is 4 or more, else its smallest multiple that divides ``q_heads`` and is at
+    least 4, else ``q_heads``.
+    """
+    if kv_heads >= MIN_PROXY_HEADS:
+        return kv_heads
+    # Head counts that don't fit together are reported by the op, in one place.
+    multiples = range(kv_heads, q_heads, kv_heads) if kv_heads > 0 else ()
+    enough = (g for g in multiples if g >= MIN_PROXY_HEADS and q_heads % g == 0)
+    return next(enough, q_heads)
+
+
+def _proxy_heads(num_proxy_heads: int | None, q: Tensor, k: Tensor) -> int:
+    if num_proxy_heads is not None:
+        return num_proxy_heads
+    # A wrong rank is reported by the op.
+    return default_proxy_heads(q.shape[2], k.shape[2]) if q.dim() == k.dim() == 4 else 1
+
+
+def _default_of(mode_defaults: dict, value, budget_mode: str):
+    if value is not None:
+        return value
+    # An unknown mode is reported by the op.
+    return mode_defaults.get(budget_mode, 0)
 
 
 def pool_heads(
-    q: Tensor, k: Tensor, num_proxy_heads: int | None = None, stride: int = 4
+    q: Tensor,
+    k: Tensor,
+    num_proxy_heads: int | None = None,
+    stride: int = 4,
+    pooling: str = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """Pools the heads of each proxy group, at the first token of every stride window.
+    """Pools the heads of each proxy over windows of ``stride`` tokens.
 
-    Proxy group c holds kv heads ``[c * Hkv / g, (c + 1) * Hkv / g)`` and the query heads that read
-    them. Means are taken in fp32 and rounded once.
+    Proxy c of g stands for the query heads ``[c * Hq / g, (c + 1) * Hq / g)`` and the kv heads that
+    they read: several, or one that it shares with other proxies. Means are taken in fp32 and
+    rounded once.
 
     Args:
         q: ``[B, M, Hq, D]``, after the rotary embedding.
         k: ``[B, N, Hkv, D]``, after the rotary embedding.
-        num_proxy_heads: g, divides Hkv; None means Hkv.
-        stride: 1, 2, 4 or 8 tokens.
+        num_proxy_heads: g, divides Hkv or is a multiple of it that divides Hq; None means
+            :func:`default_proxy_heads`.
+        stride: 1, 2, 4 or 8 tokens; windows of queries are counted from query 0, those of keys from
+            key 0, and the last may be short.
+        pooling: ``"mean"``: over the window's tokens that exist, or ``"first"``, the paper's: the
+            window's first token.
 
     Returns:
-        ``q_proxy [B, ceil(M / stride), g, D]`` and ``k_proxy [B, ceil(N / stride), g, D]``, in the
-        dtype of q.
+        ``q_proxy [B, ceil(M / stride), g, D]`` and ``k_proxy [B, ceil(N / stride), gk, D]`` with
+        ``gk = min(g, Hkv)``, in the dtype of q.
     """
-    if num_proxy_heads is None:
-        num_proxy_heads = k.shape[2] if k.dim() == 4 else 1
-    return torch.ops.proxyattn.pool_heads(q, k, num_proxy_heads, stride)
+    proxy_heads = _proxy_heads(num_proxy_heads, q, k)
+    return torch.ops.proxyattn.pool_heads(q, k, proxy_heads, stride, pooling)
 
 
 def score_blocks(
@@ -63,22 +98,25 @@ def score_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Scores every key block for every query block by the proxy heads' attention.
 
+    Windows are masked by the positions of their first tokens.
+
     Args:
         q_proxy: ``[B, ceil(q_len / stride), g, D]``, from :func:`pool_heads`.
-        k_proxy: ``[B, ceil(kv_len / stride), g, D]``.
-        q_len: M, query tokens before sampling.
-        kv_len: N, key tokens before sampling.
-        stride: distance in tokens of the sampled tokens.
+        k_proxy: ``[B, ceil(kv_len / stride), gk, D]``; gk divides g, and proxy c is scored with key
+            proxy ``c * gk // g``.
+        q_len: M, query tokens before pooling.
+        kv_len: N, key tokens before pooling.
+        stride: tokens of a window.
         block_size: 64 or 128 tokens.
         causal: mask keys behind the query, bottom-right aligned; needs ``q_len <= kv_len``.
         scale: factor of the logits, 1 / sqrt(D) by default.
-        with_mass: compute mass too, which ``budget_mode="coverage"`` needs.
+        with_mass: compute mass too, which ``budget_mode="top_p"`` needs.
 
     Returns:
         ``peak`` fp32 ``[B, g, ceil(M / block_size), ceil(N / block_size)]``, the largest natural
-        log-probability among the sampled pairs of a block, -inf where none is visible; and ``mass``
-        of the same shape, the mean probability that the sampled queries put on the block, or an
-        empty tensor of shape ``[0]`` unless asked for.
+        log-probability among the pairs of windows of a block, -inf where none is visible; and
+        ``mass`` of the same shape, the mean probability that the query windows put on the block, or
+        an empty tensor of shape ``[0]`` unless asked for.
     """
     return torch.ops.proxyattn.score_blocks(
         q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale, with_mass
@@ -88,12 +126,14 @@ def score_blocks(
 def estimate_budgets(
     q: Tensor,
     k: Tensor,
-    gamma: float = 0.95,
+    gamma: float = DEFAULT_GAMMA["last_block"],
     block_size: int = DEFAULT_BLOCK_SIZE,
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
     """Counts the key blocks that hold a share gamma of each head's attention in its last queries.
+
+    What ``budget_mode="last_block"`` goes by.
 
     Args:
         q: ``[B, M, Hq, D]``; the last ``min(block_size, M)`` queries are used.
@@ -109,15 +149,49 @@ def estimate_budgets(
     return torch.ops.proxyattn.estimate_budgets(q, k, gamma, block_size, causal, scale)
 
 
+def estimate_shares(
+    q: Tensor,
+    k: Tensor,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    causal: bool = True,
+    scale: float | None = None,
+    num_sink_blocks: int = 1,
+    num_local_blocks: int = 1,
+) -> Tensor:
+    """Says how much of each head's attention in its last queries the forced blocks hold.
+
+    What ``budget_mode="top_p"`` goes by: a head that lives on its sinks and neighbours needs little
+    else.
+
+    Args:
+        q: ``[B, M, Hq, D]``; the last ``min(block_size, M)`` queries are used.
+        k: ``[B, N, Hkv, D]``.
+        block_size: 64 or 128 tokens.
+        causal: mask keys behind the query, bottom-right aligned.
+        scale: factor of the logits, 1 / sqrt(D) by default.
+        num_sink_blocks: first key blocks that are always taken.
+        num_local_blocks: key blocks at the queries' own positions and before them that are always
+            taken; causal only.
+
+    Returns:
+        fp32 ``[B, Hq]``, between 0 and 1; NaN when M or N is 0, or where the head's attention is.
+    """
+    return torch.ops.proxyattn.estimate_shares(
+        q, k, block_size, causal, scale, num_sink_blocks, num_local_blocks
+    )
+
+
 def select_blocks(
     peak: Tensor,
     mass: Tensor | None,
-    budgets: Tensor,
+    needs: Tensor,
     q_len: int,
     kv_len: int,
+    num_heads: int,
     block_size: int = DEFAULT_BLOCK_SIZE,
     causal: bool = True,
-    budget_mode: str = "last_block",
+    budget_mode: str = "top_p",
+    gamma: float | None = None,
     min_budget: int | None = None,
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
@@ -126,17 +200,23 @@ def select_blocks(
 
     Args:
         peak: fp32 ``[B, g, Mb, Nb]``, from :func:`score_blocks`.
-        mass: fp32 ``[B, g, Mb, Nb]``; None or empty will do for ``"last_block"``.
-        budgets: int32 ``[B, Hq]``, from :func:`estimate_budgets`.
+        mass: fp32 ``[B, g, Mb, Nb]`` for ``"top_p"``; not looked at, and may be None, for
+            ``"last_block"``.
+        needs: fp32 shares ``[B, Hq]`` from :func:`estimate_shares` for ``"top_p"``, int32 budgets
+            ``[B, Hq]`` from :func:`estimate_budgets` for ``"last_block"``.
         q_len: M, query tokens.
         kv_len: N, key tokens.
+        num_heads: Hq; g divides it.
         block_size: 64 or 128 tokens.
         causal: as the scores were computed.
-        budget_mode: ``"last_block"``, the paper's: every query block takes the head's budget; or
-            ``"coverage"``: as many blocks as cover the share of proxy mass that the budget covers
-            in the last query block.
-        min_budget: tokens that every head takes at least, if visible; None means 2048 for
-            ``"last_block"`` and 1024 for ``"coverage"``.
+        budget_mode: ``"top_p"``: in every query block as many blocks as hold what the head needs of
+            the proxy's attention there; or ``"last_block"``, the paper's: the head's budget in all.
+        gamma: with ``"top_p"`` the share of its attention that a head keeps: the forced blocks hold
+            its share of that, and the part ``(gamma - share) / (1 - share)`` of the row's mass
+            outside them is needed beside it. ``>= 1`` takes all. None means the mode's default,
+            see :data:`DEFAULT_GAMMA`; ``"last_block"`` has it in the budgets.
+        min_budget: tokens that every head takes at least, if visible; None means 512 for
+            ``"top_p"`` and 2048 for ``"last_block"``.
         num_sink_blocks: first key blocks that are always taken.
         num_local_blocks: key blocks at the query block's own position and before it that are
             always taken; causal only.
@@ -146,18 +226,18 @@ def select_blocks(
         visible block; and ``counts`` int32 ``[B, Hq, Mb]``, how many of its group's ranking each
         head takes.
     """
-    if mass is None:
-        mass = torch.empty(0, dtype=torch.float32, device=peak.device)
     return torch.ops.proxyattn.select_blocks(
         peak,
         mass,
-        budgets,
+        needs,
         q_len,
         kv_len,
+        num_heads,
         block_size,
         causal,
         budget_mode,
-        _min_budget(min_budget, budget_mode),
+        _default_of(DEFAULT_GAMMA, gamma, budget_mode),
+        _default_of(DEFAULT_MIN_BUDGET, min_budget, budget_mode),
         num_sink_blocks,
         num_local_blocks,
     )
@@ -255,6 +335,57 @@ def check_block_lists(
         raise ValueError(f"{op}: indices must be unique in each list, got {int(repeated[0])} twice")
 
 
+def choose_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    gamma: float | None = None,
+    stride: int = 4,
+    pooling: str = "mean",
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    num_proxy_heads: int | None = None,
+    budget_mode: str = "top_p",
+    min_budget: int | None = None,
+    num_sink_blocks: int = 1,
+    num_local_blocks: int = 1,
+    shares: Tensor | None = None,
+    max_workspace_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chooses the key blocks of a prompt: pools, scores, estimates and selects in one call.
+
+    The lists are what :func:`proxy_attention` attends to with the same arguments, in the form that
+    :func:`block_sparse_attention` takes.
+
+    Args:
+        q: ``[B, M, Hq, D]``, after the rotary embedding.
+        k: ``[B, N, Hkv, D]``, after the rotary embedding.
+        causal, scale, ..., max_workspace_bytes: as in :func:`proxy_attention`.
+
+    Returns:
+        ``indices`` int32 ``[B, g, Mb, Nb]`` and ``counts`` int32 ``[B, Hq, Mb]``, as in
+        :func:`select_blocks`.
+    """
+    return torch.ops.proxyattn.choose_blocks(
+        q,
+        k,
+        causal,
+        scale,
+        _default_of(DEFAULT_GAMMA, gamma, budget_mode),
+        stride,
+        pooling,
+        block_size,
+        _proxy_heads(num_proxy_heads, q, k),
+        budget_mode,
+        _default_of(DEFAULT_MIN_BUDGET, min_budget, budget_mode),
+        num_sink_blocks,
+        num_local_blocks,
+        shares,
+        max_workspace_bytes,
+    )
+
+
 def proxy_attention(
     q: Tensor,
     k: Tensor,
@@ -262,18 +393,20 @@ def proxy_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    gamma: float = 0.95,
+    gamma: float | None = None,
     stride: int = 4,
+    pooling: str = "mean",
     block_size: int = DEFAULT_BLOCK_SIZE,
     num_proxy_heads: int | None = None,
-    budget_mode: str = "last_block",
+    budget_mode: str = "top_p",
     min_budget: int | None = None,
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
+    shares: Tensor | None = None,
     return_lse: bool = False,
     max_workspace_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Sparse attention of a prompt: pools, scores, budgets, selects and attends in one call.
+    """Sparse attention of a prompt: pools, scores, estimates, selects and attends in one call.
 
     Args:
         q: ``[B, M, Hq, D]``, after the rotary embedding.
@@ -281,16 +414,23 @@ def proxy_attention(
         v: ``[B, N, Hkv, D]``.
         causal: mask keys behind the query, bottom-right aligned; needs ``M <= N``.
         scale: factor of the logits, 1 / sqrt(D) by default.
-        gamma: share of its attention that each head keeps in the last query block; higher reads
-            more blocks. ``>= 1`` is dense attention.
-        stride: 1, 2, 4 or 8; every stride-th token takes part in the estimate.
+        gamma: share of its attention that each head keeps; higher reads more blocks. ``>= 1`` is
+            dense attention. None means the budget mode's default, see :data:`DEFAULT_GAMMA`.
+        stride: 1, 2, 4 or 8; the estimate takes windows of so many tokens.
+        pooling: ``"mean"`` or ``"first"`` (the paper's), what stands for a window, see
+            :func:`pool_heads`.
         block_size: 64 or 128 tokens.
-        num_proxy_heads: rankings per layer; divides Hkv, None means Hkv.
-        budget_mode: ``"last_block"`` (the paper's) or ``"coverage"``, see :func:`select_blocks`.
-        min_budget: tokens that every head takes at least, if visible; None means 2048 for
-            ``"last_block"`` and 1024 for ``"coverage"``.
+        num_proxy_heads: rankings per layer; divides Hkv or is a multiple of it that divides Hq.
+            None means :func:`default_proxy_heads`.
+        budget_mode: ``"top_p"`` or ``"last_block"`` (the paper's), see :func:`select_blocks`.
+        min_budget: tokens that every head takes at least, if visible; None means 512 for
+            ``"top_p"`` and 2048 for ``"last_block"``.
         num_sink_blocks: first key blocks that are always taken.
         num_local_blocks: latest key blocks that are always taken.
+        shares: fp32 ``[B, Hq]``, what :func:`estimate_shares` gives; ``"top_p"`` only. None: they
+            are estimated from this call. With shares given, what a query block reads depends on
+            its own queries and the keys that it sees alone, so that the chunks of a prompt, cut at
+            multiples of ``block_size``, read what the whole prompt would.
         return_lse: return the log-sum-exp too.
         max_workspace_bytes: cap on the scratch memory; long sequences are then worked through in
             pieces, with the same result bit for bit. None lets it choose.
@@ -299,22 +439,22 @@ def proxy_attention(
         ``out [B, M, Hq, D]`` in the dtype of q; with ``return_lse`` also ``lse`` fp32
         ``[B, Hq, M]``, natural log.
     """
-    if num_proxy_heads is None:
-        num_proxy_heads = k.shape[2] if k.dim() == 4 else 1
     out, lse = torch.ops.proxyattn.proxy_attention(
         q,
         k,
         v,
         causal,
         scale,
-        gamma,
+        _default_of(DEFAULT_GAMMA, gamma, budget_mode),
         stride,
+        pooling,
         block_size,
-        num_proxy_heads,
+        _proxy_heads(num_proxy_heads, q, k),
         budget_mode,
-        _min_budget(min_budget, budget_mode),
+        _default_of(DEFAULT_MIN_BUDGET, min_budget, budget_mode),
         num_sink_blocks,
         num_local_blocks,
+        shares,
         return_lse,
         max_workspace_bytes,
     )

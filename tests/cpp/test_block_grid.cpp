@@ -96,6 +96,31 @@ TEST(forced_blocks_follow_the_text) {
   });
 }
 
+TEST(a_span_of_queries_is_treated_as_a_block) {
+  for_many_grids([](const BlockGrid& grid) {
+    const QuerySpan last = grid.last_queries();
+    CHECK_EQ(last.last, grid.last_position(grid.num_q_blocks() - 1));
+    CHECK_EQ(last.last - last.first + 1, min_of(grid.q_block, grid.q_len));
+    // A grid whose only query block is that span.
+    const BlockGrid only{last.last - last.first + 1,
+                         grid.kv_len,
+                         grid.q_block,
+                         grid.kv_block,
+                         last.first,
+                         grid.causal};
+    CHECK_EQ(grid.visible(last), only.visible(0));
+    for (const int64_t num_sinks : {0, 1, 100}) {
+      for (const int64_t num_local : {0, 1, 2, 100}) {
+        const ForcedBlocks got(grid, last, num_sinks, num_local);
+        const ForcedBlocks expected(only, 0, num_sinks, num_local);
+        CHECK_EQ(got.visible, expected.visible);
+        CHECK_EQ(got.local_begin, expected.local_begin);
+        CHECK_EQ(got.num_sinks, expected.num_sinks);
+      }
+    }
+  });
+}
+
 TEST(a_causal_grid_by_hand) {
   // Queries stand at positions 3 to 9; query blocks {3..6} and {7..9}; key blocks of 4.
   const BlockGrid grid{7, 10, 4, 4, 3, true};
@@ -108,6 +133,10 @@ TEST(a_causal_grid_by_hand) {
   CHECK_EQ(forced.block_at(0), 2);
   CHECK_EQ(forced.block_at(1), 1);
   CHECK_EQ(forced.block_at(2), 0);
+  // The last four queries stand at 6 to 9: from the middle of block 1 on.
+  const ForcedBlocks last(grid, grid.last_queries(), 1, 1);
+  CHECK_EQ(last.local_begin, 1);
+  CHECK_EQ(last.num_sinks, 1);
 }
 
 TEST(no_keys_are_no_blocks) {

@@ -25,9 +25,11 @@ struct Case {
   int64_t batch, q_len, kv_len, proxy_heads, head_dim, stride, block;
   bool causal;
   DType dtype;
+  int64_t readers = 1;  // proxies of one key proxy
 
   int64_t q_samples() const { return ceil_div(q_len, stride); }
   int64_t kv_samples() const { return ceil_div(kv_len, stride); }
+  int64_t key_proxy_heads() const { return proxy_heads / readers; }
   int64_t num_rows() const { return ceil_div(q_len, block); }
   int64_t num_blocks() const { return ceil_div(kv_len, block); }
 };
@@ -45,6 +47,7 @@ Scores score(const Case& c, const Tensor& q, const Tensor& k, BlockRange rows) {
   p.q_len = c.q_len;
   p.kv_len = c.kv_len;
   p.proxy_heads = c.proxy_heads;
+  p.key_proxy_heads = k.heads;
   p.head_dim = c.head_dim;
   p.stride = c.stride;
   p.q_block = c.block;
@@ -90,8 +93,8 @@ void check_row(const Case& c,
     while (seen < c.kv_samples() && (!c.causal || seen * c.stride <= c.kv_len - c.q_len + i)) {
       ++seen;
     }
-    const std::vector<double> logs = test::log_softmax(q, {batch, i / c.stride, head}, k, head,
-                                                       seen, static_cast<double>(kScale));
+    const std::vector<double> logs = test::log_softmax(
+        q, {batch, i / c.stride, head}, k, head / c.readers, seen, static_cast<double>(kScale));
     for (int64_t j = 0; j < seen; ++j) {
       const auto n = static_cast<std::size_t>(j * c.stride / c.block);
       largest[n] = std::max(largest[n], logs[static_cast<std::size_t>(j)]);
@@ -111,7 +114,7 @@ void check_case(const Case& c) {
   const Tensor q =
       Tensor(c.dtype, c.batch, c.q_samples(), c.proxy_heads, c.head_dim, 8).fill_normal(1);
   const Tensor k =
-      Tensor(c.dtype, c.batch, c.kv_samples(), c.proxy_heads, c.head_dim, 24).fill_normal(2);
+      Tensor(c.dtype, c.batch, c.kv_samples(), c.key_proxy_heads(), c.head_dim, 24).fill_normal(2);
   const Scores scores = score(c, q, k);
   const float* peak = scores.peak.data();
   const float* mass = scores.mass.data();
@@ -138,6 +141,8 @@ TEST(random_scores) {
         check_case({1, 131, 67, 1, 64, stride, block, false, DType::kFloat32});
       }
     }
+    check_case({2, 200, 300, 6, 64, 4, 64, true, DType::kFloat32, 3});
+    check_case({2, 200, 300, 4, 64, 4, 64, true, DType::kBFloat16, 4});
     check_case({1, 1, 1, 1, 256, 1, 64, true, DType::kFloat32});
     check_case({1, 1, 1000, 1, 256, 8, 64, true, DType::kFloat32});
     check_case({1, 1500, 1500, 1, 64, 8, 64, true, DType::kFloat32});
@@ -246,6 +251,11 @@ TEST(rules) {
   CHECK_THROWS(InvalidArgument,
                "score_blocks: rows must be a range of query blocks in [0, 1], got [0, 2)",
                score(c, x, x, {0, 2}));
+  const Tensor two(DType::kFloat32, 1, 64, 2, 64);
+  CHECK_THROWS(InvalidArgument,
+               "score_blocks: k_proxy must have heads that divide those of q_proxy, got "
+               "k_proxy.size(2)=2, q_proxy.size(2)=1",
+               score(c, x, two));
   c.q_len = 65;
   CHECK_THROWS(InvalidArgument,
                "score_blocks: q_len must be at most kv_len when causal, got q_len=65, kv_len=64",

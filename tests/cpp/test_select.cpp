@@ -38,16 +38,24 @@ struct Case {
   int64_t num_local_blocks = 0;
   BudgetMode mode = BudgetMode::kLastBlock;
   bool causal = true;
-  bool only_prefixes = false;
   std::vector<float> peak;
-  std::vector<float> mass;
-  std::vector<int32_t> budgets;
+  std::vector<float> mass;       // with kTopP
+  std::vector<int32_t> budgets;  // with kLastBlock
+  std::vector<float> shares;     // with kTopP
+  double gamma = 0.5;
 
   BlockGrid grid() const { return {q_len, kv_len, kBlock, kBlock, kv_len - q_len, causal}; }
 };
 
-// `shares` carries what the call with the last query block found out to the calls before it.
-Selection select(const Case& c, const BlockRange& rows, std::vector<double>* shares) {
+Selection empty_lists(const Case& c) {
+  const int64_t num_rows = c.grid().num_q_blocks();
+  const int64_t cells = c.batch * c.proxy_heads * num_rows * c.grid().num_kv_blocks();
+  return {std::vector<int32_t>(static_cast<std::size_t>(cells), -9),
+          std::vector<int32_t>(static_cast<std::size_t>(c.batch * c.q_heads * num_rows), -9)};
+}
+
+// Fills `rows` of the lists.
+void select(const Case& c, const BlockRange& rows, Selection* out) {
   const int64_t num_rows = c.grid().num_q_blocks();
   const int64_t num_blocks = c.grid().num_kv_blocks();
   const auto part_of = [&](const std::vector<float>& whole) {
@@ -59,11 +67,6 @@ Selection select(const Case& c, const BlockRange& rows, std::vector<double>* sha
     return part;
   };
   const std::vector<float> peak = part_of(c.peak), mass = part_of(c.mass);
-  Selection out{std::vector<int32_t>(static_cast<std::size_t>(c.batch * c.proxy_heads *
-                                                              (rows.end - rows.begin) * num_blocks),
-                                     -9),
-                std::vector<int32_t>(
-                    static_cast<std::size_t>(c.batch * c.q_heads * (rows.end - rows.begin)), -9)};
   SelectParams p{};
   p.batch = c.batch;
   p.q_len = c.q_len;
@@ -77,22 +80,23 @@ Selection select(const Case& c, const BlockRange& rows, std::vector<double>* sha
   p.num_sink_blocks = c.num_sink_blocks;
   p.num_local_blocks = c.num_local_blocks;
   p.rows = rows;
+  p.list_rows = {0, num_rows};
   p.peak = peak.data();
   p.mass = mass.empty() ? nullptr : mass.data();
   p.budgets = c.budgets.data();
-  p.indices = out.indices.data();
-  p.counts = out.counts.data();
-  p.shares = shares->data();
+  p.shares = c.shares.data();
+  p.indices = out->indices.data();
+  p.counts = out->counts.data();
+  p.gamma = c.gamma;
   p.budget_mode = c.mode;
   p.causal = c.causal;
-  p.only_prefixes = c.only_prefixes;
   cpu::select_blocks(p);
-  return out;
 }
 
 Selection select(const Case& c) {
-  std::vector<double> shares(static_cast<std::size_t>(c.batch * c.q_heads));
-  return select(c, {0, c.grid().num_q_blocks()}, &shares);
+  Selection out = empty_lists(c);
+  select(c, {0, c.grid().num_q_blocks()}, &out);
+  return out;
 }
 
 std::vector<int32_t> row_of(const std::vector<int32_t>& values, std::size_t row, std::size_t size) {
@@ -112,6 +116,18 @@ Case one_row(std::vector<float> peak, std::vector<int32_t> budgets) {
 }
 
 using Ints = std::vector<int32_t>;
+
+// The same with masses, no block forced unless asked for.
+Case top_p_row(std::vector<float> mass, double gamma, std::vector<float> shares) {
+  std::vector<float> peak;
+  for (std::size_t n = 0; n < mass.size(); ++n) peak.push_back(-static_cast<float>(n));
+  Case c = one_row(std::move(peak), Ints(shares.size()));
+  c.mode = BudgetMode::kTopP;
+  c.mass = std::move(mass);
+  c.gamma = gamma;
+  c.shares = std::move(shares);
+  return c;
+}
 
 TEST(ranking_by_hand) {
   Case c = one_row({-3, -1, -5, -1, kNan, -kInf, 0, -2}, {3});
@@ -159,48 +175,86 @@ TEST(causal_rows_see_what_lies_before_them) {
   CHECK(s.counts == Ints({2, 2, 2}));
 }
 
-TEST(coverage_by_hand) {
+TEST(top_p_by_hand) {
+  // Ranking 0 to 4; without forced blocks and shares the need is gamma.
+  const std::vector<float> mass = {0.5f, 0.25f, 0.125f, 0.0625f, 0.0625f};
+  const auto count = [&](double gamma) { return select(top_p_row(mass, gamma, {0.0f})).counts[0]; };
+  CHECK_EQ(count(0.5), 1);
+  CHECK_EQ(count(0.51), 2);
+  CHECK_EQ(count(0.75), 2);
+  CHECK_EQ(count(0.876), 4);
+  CHECK_EQ(count(0.99), 5);
+  CHECK_EQ(count(0.0), 1);  // at least one block
+  CHECK_EQ(count(-3.0), 1);
+
+  // Blocks 4 and 0 are forced: of the .4375 in blocks 1, 2 and 3 the part need is wanted.
+  Case c = top_p_row(mass, 0.9, {0.0f, 0.6f, 0.8f, 0.85f, 0.9f, 0.95f});
+  c.num_sink_blocks = c.num_local_blocks = 1;
+  // Needs .9, .75, .5, .333, 0, negative; prefixes hold .571, .857, 1.
+  CHECK(select(c).counts == Ints({5, 4, 3, 3, 2, 2}));
+  c.min_budget = 129;  // three blocks of 64
+  CHECK(select(c).counts == Ints({5, 4, 3, 3, 3, 3}));
+  c.min_budget = std::numeric_limits<int64_t>::max();
+  CHECK(select(c).counts == Ints({5, 5, 5, 5, 5, 5}));
+}
+
+TEST(every_row_of_top_p_stands_alone) {
   Case c;
   c.mode = BudgetMode::kTopP;
   c.q_len = 2 * kBlock;
   c.kv_len = 5 * kBlock;
-  c.q_heads = 5;
+  c.q_heads = 4;
   c.peak = {-1, -2, -3, -4, -kInf, -1, -2, -3, -4, -5};
   c.mass = {0.70f, 0.15f, 0.10f, 0.05f, 0, 0.5f, 0.25f, 0.125f, 0.0625f, 0.0625f};
-  // Shares of the last row: .5, .75, .875, .9375, all.
-  c.budgets = {1, 2, 3, 4, 5};
-  const Selection s = select(c);
-  CHECK(s.counts == Ints({1, 1, 2, 2, 3, 3, 3, 4, 4, 5}));
-  c.min_budget = 100;
-  CHECK(select(c).counts == Ints({2, 2, 2, 2, 3, 3, 3, 4, 4, 5}));
+  c.gamma = 0.8;
+  c.shares = {0, 0.2f, 0.6f, 1};  // needs .8, .75, .5, none
+  CHECK(select(c).counts == Ints({2, 3, 2, 2, 1, 1, 1, 1}));
+  // Of the last row only the masses' proportions matter.
+  for (std::size_t n = 5; n < 10; ++n) c.mass[n] *= 1024.0f;
+  CHECK(select(c).counts == Ints({2, 3, 2, 2, 1, 1, 1, 1}));
 }
 
-TEST(coverage_with_broken_masses_reads_everything) {
-  Case c;
-  c.mode = BudgetMode::kTopP;
-  c.q_len = 2 * kBlock;
-  c.kv_len = 3 * kBlock;
-  c.peak = {-1, -2, -kInf, -1, -2, -3};
-  c.mass = {kNan, 0.5f, 0, 0.8f, 0.1f, 0.1f};
-  c.budgets = {1};
-  CHECK(select(c).counts == Ints({2, 1}));  // only the row with the NaN
-  c.mass = {0, 0, 0, 0.8f, 0.1f, 0.1f};
-  CHECK(select(c).counts == Ints({2, 1}));
-  c.mass = {0.9f, 0.1f, 0, 0.8f, kNan, 0.1f};
-  CHECK(select(c).counts == Ints({2, 3}));  // no share to aim at
+TEST(what_settles_a_count_without_masses) {
+  const std::vector<float> mass = {0.5f, 0.25f, 0.125f, 0.125f};
+  const auto counts = [&](double gamma, std::vector<float> shares) {
+    Case c = top_p_row(mass, gamma, std::move(shares));
+    c.num_sink_blocks = 1;
+    return select(c).counts;
+  };
+  const double inf = static_cast<double>(kInf);
+  // All: gamma of 1 or more, whatever the share, and a NaN share.
+  CHECK(counts(1.0, {0.0f, 1.0f, kNan}) == Ints({4, 4, 4}));
+  CHECK(counts(inf, {0.0f, 1.0f, kNan}) == Ints({4, 4, 4}));
+  CHECK(counts(0.0, {kNan}) == Ints({4}));
+  // None beyond the forced ones: a share of 1 or more, a share that is enough.
+  CHECK(counts(0.9, {1.0f, 2.0f, kInf, 0.95f}) == Ints({1, 1, 1, 1}));
+  CHECK(counts(-inf, {0.0f, 0.5f}) == Ints({1, 1}));
+  // Negative shares are nobody's, but harmless.
+  CHECK(counts(0.5, {-1e30f, -kInf}) == Ints({4, 4}));
 }
 
-TEST(a_share_within_rounding_is_reached) {
-  Case c;
-  c.mode = BudgetMode::kTopP;
-  c.q_len = 2 * kBlock;
-  c.kv_len = 4 * kBlock;
-  c.peak = {-1, -2, -3, -kInf, -1, -2, -3, -4};
-  c.mass = {0.4999995f, 0.25f, 0.2500005f, 0, 0.5f, 0.2f, 0.2f, 0.1f};
-  c.budgets = {1};
-  CHECK(select(c).counts == Ints({1, 1}));
-  c.mass[0] = 0.499998f;
-  CHECK(select(c).counts == Ints({2, 1}));
+TEST(top_p_with_broken_masses) {
+  const auto counts = [](std::vector<float> mass) {
+    Case c = top_p_row(std::move(mass), 0.5, {0.25f, 1.0f});
+    c.num_sink_blocks = 1;
+    return select(c).counts;
+  };
+  CHECK(counts({0.5f, 0.25f, 0.25f}) == Ints({2, 1}));
+  CHECK(counts({kNan, 0.25f, 0.25f}) == Ints({3, 3}));  // in a forced block too
+  CHECK(counts({0.5f, 0.25f, kNan}) == Ints({3, 3}));
+  CHECK(counts({1, 0, 0}) == Ints({1, 1}));  // nothing outside the forced block
+  CHECK(counts({1, -0.5f, 0}) == Ints({1, 1}));
+  // What is not visible does not matter.
+  Case c = top_p_row({0.5f, 0.5f, kNan, kNan}, 0.5, {0.0f});
+  c.q_len = 3 * kBlock;
+  c.peak.assign(12, -1.0f);
+  c.mass = {0.5f, 0.5f, kNan, kNan, 0.2f, 0.3f, 0.5f, kNan, 0.1f, 0.2f, 0.3f, 0.4f};
+  CHECK(select(c).counts == Ints({1, 1, 2}));  // equal peaks: from the latest block down
+}
+
+TEST(a_need_within_rounding_is_met) {
+  CHECK(select(top_p_row({0.4999995f, 0.5000005f}, 0.5, {0.0f})).counts == Ints({1}));
+  CHECK(select(top_p_row({0.499998f, 0.500002f}, 0.5, {0.0f})).counts == Ints({2}));
 }
 
 // Random scores with ties, in both modes, checked against the rules of the ranking one by one.
@@ -228,7 +282,9 @@ Case random_case(unsigned seed, BudgetMode mode) {
   }
   for (int64_t h = 0; h < c.batch * c.q_heads; ++h) {
     c.budgets.push_back(static_cast<int32_t>(pick(0, c.grid().num_kv_blocks())));
+    c.shares.push_back(static_cast<float>(pick(0, 20)) * 0.05f);
   }
+  c.gamma = static_cast<double>(pick(1, 19)) * 0.05;
   return c;
 }
 
@@ -252,11 +308,13 @@ void check_ranking(const Case& c, int64_t list, int64_t m, const Ints& ranking) 
   }
 }
 
-double mass_of(const Case& c, int64_t list, int64_t m, const Ints& ranking, int64_t num_ranked) {
+// Of places [begin, end) of a ranking.
+double mass_of(
+    const Case& c, int64_t list, int64_t m, const Ints& ranking, int64_t begin, int64_t end) {
   const float* mass =
       c.mass.data() + (list * c.grid().num_q_blocks() + m) * c.grid().num_kv_blocks();
   double sum = 0.0;
-  for (int64_t i = 0; i < num_ranked; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     sum += static_cast<double>(mass[ranking[static_cast<std::size_t>(i)]]);
   }
   return sum;
@@ -265,18 +323,13 @@ double mass_of(const Case& c, int64_t list, int64_t m, const Ints& ranking, int6
 void check_selection(const Case& c, const Selection& s) {
   const int64_t num_rows = c.grid().num_q_blocks();
   const auto num_blocks = static_cast<std::size_t>(c.grid().num_kv_blocks());
-  const int64_t last = num_rows - 1;
   for (int64_t head = 0; head < c.batch * c.q_heads; ++head) {
     const int64_t list = head / (c.q_heads / c.proxy_heads);
-    const auto ranking_of = [&](int64_t m) {
-      return row_of(s.indices, static_cast<std::size_t>(list * num_rows + m), num_blocks);
-    };
     const int64_t budget = c.budgets[static_cast<std::size_t>(head)];
-    const int64_t last_visible = c.grid().visible(last);
-    const double share = mass_of(c, list, last, ranking_of(last), min_of(budget, last_visible)) /
-                         mass_of(c, list, last, ranking_of(last), last_visible);
+    const double share = static_cast<double>(c.shares[static_cast<std::size_t>(head)]);
     for (int64_t m = 0; m < num_rows; ++m) {
-      const Ints ranking = ranking_of(m);
+      const Ints ranking =
+          row_of(s.indices, static_cast<std::size_t>(list * num_rows + m), num_blocks);
       check_ranking(c, list, m, ranking);
       const ForcedBlocks forced(c.grid(), m, c.num_sink_blocks, c.num_local_blocks);
       const int64_t least =
@@ -285,17 +338,18 @@ void check_selection(const Case& c, const Selection& s) {
       CHECK(min_of(least, forced.visible) <= count && count <= forced.visible);
       if (c.mode == BudgetMode::kLastBlock) {
         CHECK_EQ(count, min_of(max_of(budget, least), forced.visible));
-      } else if (budget >= last_visible) {
-        CHECK_EQ(count, forced.visible);
-      } else {
-        // The count covers the share and, unless a minimum holds it up, one block less does not.
-        const double total = mass_of(c, list, m, ranking, forced.visible);
-        CHECK(!(mass_of(c, list, m, ranking, count) / total < share - 1e-6) ||
-              count == forced.visible);
-        if (count > least) {
-          CHECK(!(mass_of(c, list, m, ranking, count - 1) / total >= share - 1e-6));
-        }
+        continue;
       }
+      // With what is read beside the forced blocks a head drops at most 1 - gamma, as far as the
+      // proxy knows; and unless a minimum holds the count up, one block less drops more.
+      const int64_t first = forced.count();
+      const double rest = mass_of(c, list, m, ranking, first, forced.visible);
+      const auto kept = [&](int64_t end) {
+        const double part = rest > 0.0 ? mass_of(c, list, m, ranking, first, end) / rest : 1.0;
+        return share + (1.0 - share) * part;
+      };
+      CHECK(kept(count) >= c.gamma - 2e-6);
+      if (count > min_of(least, forced.visible)) CHECK(kept(count - 1) < c.gamma);
     }
   }
 }
@@ -313,22 +367,17 @@ TEST(ranges_of_rows_and_threads_give_the_same_bits) {
   for (unsigned seed = 100; seed < 120; ++seed) {
     const Case c = random_case(seed, BudgetMode::kTopP);
     const Selection whole = select(c);
-    test::for_some_thread_counts([&] { CHECK(select(c).indices == whole.indices); });
-    // From the end, as the pipeline goes: the first call leaves the shares for the others.
-    std::vector<double> shares(static_cast<std::size_t>(c.batch * c.q_heads));
+    test::for_some_thread_counts([&] {
+      CHECK(select(c).indices == whole.indices);
+      CHECK(select(c).counts == whole.counts);
+    });
+    Selection pieces = empty_lists(c);
     const int64_t num_rows = c.grid().num_q_blocks();
-    const auto num_blocks = static_cast<std::size_t>(c.grid().num_kv_blocks());
-    for (int64_t m = num_rows - 1; m >= 0; --m) {
-      const Selection part = select(c, {m, m + 1}, &shares);
-      for (int64_t list = 0; list < c.batch * c.proxy_heads; ++list) {
-        CHECK(row_of(part.indices, static_cast<std::size_t>(list), num_blocks) ==
-              row_of(whole.indices, static_cast<std::size_t>(list * num_rows + m), num_blocks));
-      }
-      for (int64_t head = 0; head < c.batch * c.q_heads; ++head) {
-        CHECK_EQ(part.counts[static_cast<std::size_t>(head)],
-                 whole.counts[static_cast<std::size_t>(head * num_rows + m)]);
-      }
+    for (int64_t end = num_rows; end > 0; end -= 2) {
+      select(c, {max_of<int64_t>(0, end - 2), end}, &pieces);
     }
+    CHECK(pieces.indices == whole.indices);
+    CHECK(pieces.counts == whole.counts);
   }
 }
 
@@ -358,12 +407,8 @@ TEST(rules) {
                "select_blocks: num_sink_blocks must be at least 0, got num_sink_blocks=-1",
                select(c));
   c.num_sink_blocks = 0;
-  c.only_prefixes = true;
-  c.mode = BudgetMode::kTopP;
-  c.mass = {0.5f, 0.5f};
-  CHECK_THROWS(InvalidArgument,
-               "select_blocks: only_prefixes must be false with budget_mode=\"coverage\", got true",
-               select(c));
+  c.gamma = static_cast<double>(kNan);
+  CHECK_THROWS(InvalidArgument, "select_blocks: gamma must be a number, got gamma=nan", select(c));
 }
 
 }  // namespace

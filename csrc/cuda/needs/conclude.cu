@@ -44,8 +44,7 @@ void find_shares(const NeedParams& params, const NeedLayout& layout, Stream stre
                        params.kv_block, params.q_offset, params.causal};
   const ShareProblem problem{
       layout.mass, params.shares, layout.num_kv_blocks,
-      ForcedBlocks::of_last_queries(grid, layout.rows, params.num_sink_blocks,
-                                    params.num_local_blocks)};
+      ForcedBlocks(grid, grid.last_queries(), params.num_sink_blocks, params.num_local_blocks)};
   LaunchShape shape{layout.heads};
   shape.threads = kShareThreads;
   launch<share_kernel>("estimate_shares", shape, stream, problem);
@@ -56,13 +55,13 @@ void fill(const NeedParams& params, T* values, T value, Stream stream) {
   const int64_t count = params.batch * params.q_heads;
   LaunchShape shape{ceil_div<int64_t>(count, kFillThreads)};
   shape.threads = kFillThreads;
-  launch<fill_kernel<T>>(needs_op(params.mode), shape, stream, values, count, value);
+  launch<fill_kernel<T>>(needs_op(params), shape, stream, values, count, value);
 }
 
 }  // namespace
 
 void launch_conclude(const NeedParams& params, Stream stream) {
-  const char* op = needs_op(params.mode);
+  const char* op = needs_op(params);
   const NeedLayout layout(params);
   LaunchShape parts{layout.heads * layout.num_parts};
   parts.threads = kMassThreads;

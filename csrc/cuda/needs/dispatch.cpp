@@ -40,7 +40,7 @@ constexpr Kernel kKernels[] = {
 };
 
 const Kernel& choose_kernel(const NeedParams& p) {
-  const char* op = needs_op(p.mode);
+  const char* op = needs_op(p);
   const FamilyChoice choice(op);
   if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
   choice.refuse(op, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
@@ -70,7 +70,7 @@ int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
 
 void estimate_needs(const NeedParams& params, Stream stream) {
   validate_needs(params);
-  const char* op = needs_op(params.mode);
+  const char* op = needs_op(params);
   check_dtype(op, params.dtype);
   check_num_kv_blocks(op, ceil_div(params.kv_len, params.kv_block));
   validate_workspace(op, params.workspace, params.workspace_bytes,

@@ -57,7 +57,7 @@ void launch_kernel(const char* op, NeedProblem problem, Stream stream) {
 
 template <typename Element>
 void launch_head_dim(const NeedParams& params, Stream stream) {
-  const char* op = needs_op(params.mode);
+  const char* op = needs_op(params);
   const NeedProblem problem = make_problem(params);
   if (params.head_dim == 64) {
     launch_kernel<Element, 64>(op, problem, stream);

@@ -389,10 +389,19 @@ struct RowSelector {
   // Places that each thread adds up.
   PROXYATTN_DEVICE int run_length() const { return (row.visible + kThreads - 1) / kThreads; }
 
-  // Mass of the block at a place of the ranking, none if it is forced. A NaN is one anywhere.
-  PROXYATTN_DEVICE double free_mass(int place) const {
-    const float mass = row.mass[row.ranking[place]];
-    return place < row.num_forced && mass == mass ? 0.0 : static_cast<double>(mass);
+  // Masses of the blocks at a few places of the ranking from `first` on: none of a forced block,
+  // nor behind `end`. A NaN is one anywhere. Loads go together: each takes as long as all.
+  static constexpr int kLoads = 8;
+  PROXYATTN_DEVICE void load_masses(int first, int end, float (&masses)[kLoads]) const {
+    int blocks[kLoads];
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kLoads; ++i) blocks[i] = first + i < end ? row.ranking[first + i] : -1;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kLoads; ++i) masses[i] = blocks[i] < 0 ? 0.0f : row.mass[blocks[i]];
+    PROXYATTN_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i < row.num_forced && !isnan(masses[i])) masses[i] = 0.0f;
+    }
   }
 
   // Fills shared.sums.before and returns the mass of all free blocks.
@@ -402,7 +411,12 @@ struct RowSelector {
     const int begin = min(thread * run_length(), row.visible);
     const int end = min(begin + run_length(), row.visible);
     double sum = 0.0;
-    for (int i = begin; i < end; ++i) sum += free_mass(i);
+    for (int first = begin; first < end; first += kLoads) {
+      float masses[kLoads];
+      load_masses(first, end, masses);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) sum += static_cast<double>(masses[i]);
+    }
     double before;
     double total;
     Scan(shared.sums.scan).ExclusiveSum(sum, before, total);
@@ -416,7 +430,9 @@ struct RowSelector {
     if (args.gamma >= 1.0 || isnan(share) || isnan(total)) return row.visible;
     if (share >= 1.0f) return 0;
     const double forced = static_cast<double>(share);
-    const double target = ((args.gamma - forced) / (1.0 - forced) - kNeedSlack) * total;
+    const double need = (args.gamma - forced) / (1.0 - forced);
+    if (isnan(need)) return row.visible;
+    const double target = (need - kNeedSlack) * total;
     if (!(target > 0.0)) return 0;
     int run = 0;  // the last one with less than the target before it
     for (int step = kThreads / 2; step > 0; step /= 2) {
@@ -424,9 +440,16 @@ struct RowSelector {
     }
     const int end = min((run + 1) * run_length(), row.visible);
     double sum = shared.sums.before[run];
-    int i = run * run_length();
-    while (i < end && sum < target) sum += free_mass(i++);
-    return i;
+    for (int first = run * run_length(); first < end; first += kLoads) {
+      float masses[kLoads];
+      load_masses(first, end, masses);
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kLoads; ++i) {
+        if (sum >= target) return first + i;
+        sum += static_cast<double>(masses[i]);
+      }
+    }
+    return end;
   }
 
   PROXYATTN_DEVICE void count() const {

@@ -19,7 +19,7 @@ namespace proxyattn::cuda::sm90 {
 
 template <typename Traits>
 NeedProblem make_need_problem(const NeedParams& b, int multiprocessors) {
-  const char* op = needs_op(b.mode);
+  const char* op = needs_op(b);
   NeedProblem p{};
   p.q_map = make_tensor_map(op, b.q, b.dtype, {b.q_len, b.head_dim, b.q_heads, b.batch},
                             b.q_strides, {kGroupRows, Traits::kBoxes});
@@ -51,7 +51,7 @@ NeedProblem make_need_problem(const NeedParams& b, int multiprocessors) {
 
 template <typename Traits, int kBlockKeys>
 void launch_block_lse_kernel(const NeedParams& params, Stream stream) {
-  const char* op = needs_op(params.mode);
+  const char* op = needs_op(params);
   const int multiprocessors = device_attribute(op, cudaDevAttrMultiProcessorCount);
   const NeedProblem problem = make_need_problem<Traits>(params, multiprocessors);
   LaunchShape shape{};
