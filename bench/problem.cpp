@@ -165,7 +165,8 @@ AttentionParams attention_params(const Problem& problem) {
   set_blocks(params, problem);
   params.list_heads = problem.proxy_heads;
   params.list_capacity = problem.num_blocks();
-  params.rows = {0, problem.num_blocks()};
+  params.rows = params.list_rows = {0, problem.num_blocks()};
+  params.lse_pitch = params.q_len;
   params.v_strides = params.k_strides;
   params.out_strides = params.q_strides;
   params.scale = problem.scale();

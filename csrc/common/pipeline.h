@@ -317,10 +317,11 @@ AttentionParams Pipeline<Stages, kJob>::attention_params(const BlockRange& rows)
   s.head_dim = p_.head_dim;
   s.list_heads = p_.proxy_heads;
   s.list_capacity = grid_.num_kv_blocks();
+  s.lse_pitch = p_.q_len;
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
-  s.rows = rows;
+  s.rows = s.list_rows = rows;
   s.q_strides = p_.q_strides;
   s.k_strides = p_.k_strides;
   s.v_strides = p_.v_strides;

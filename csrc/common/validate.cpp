@@ -86,6 +86,13 @@ void check_rows(const char* op, const BlockRange& rows, int64_t q_len, int64_t q
                   rows.begin, ", ", rows.end, ")");
 }
 
+// Lists may hold the query blocks of other sequences too, before and behind these.
+void check_list_rows(const char* op, const BlockRange& list_rows, const BlockRange& rows) {
+  PROXYATTN_CHECK(list_rows.begin <= rows.begin && rows.end <= list_rows.end, op,
+                  ": rows must lie in list_rows, got [", rows.begin, ", ", rows.end, ") and [",
+                  list_rows.begin, ", ", list_rows.end, ")");
+}
+
 void check_min_budget(const char* op, int64_t min_budget) {
   PROXYATTN_CHECK(min_budget >= 0, op,
                   ": min_budget must be at least 0, got min_budget=", min_budget);
@@ -152,11 +159,8 @@ void validate_select(const SelectParams& p, const char* op) {
   check_gamma(op, p.gamma);
   check_min_budget(op, p.min_budget);
   check_forced(op, p.num_sink_blocks, p.num_local_blocks);
-  check_rows(op, p.list_rows, p.q_len, p.q_block);
   check_rows(op, p.rows, p.q_len, p.q_block);
-  PROXYATTN_CHECK(p.list_rows.begin <= p.rows.begin && p.rows.end <= p.list_rows.end, op,
-                  ": rows must lie in list_rows, got [", p.rows.begin, ", ", p.rows.end, ") and [",
-                  p.list_rows.begin, ", ", p.list_rows.end, ")");
+  check_list_rows(op, p.list_rows, p.rows);
 }
 
 void validate_attention(const AttentionParams& p, const char* op) {
@@ -167,6 +171,7 @@ void validate_attention(const AttentionParams& p, const char* op) {
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
   check_rows(op, p.rows, p.q_len, p.q_block);
+  check_list_rows(op, p.list_rows, p.rows);
   PROXYATTN_CHECK(p.list_heads >= 1 && p.q_heads % p.list_heads == 0, op,
                   ": indices must hold lists for a number of heads that divides q_heads, got "
                   "indices.size(1)=",

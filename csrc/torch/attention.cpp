@@ -44,7 +44,8 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   params.dtype = dtype_of(q);
   validate_attention(params);
 
-  params.rows = {0, ceil_div(params.q_len, block_size)};
+  params.rows = params.list_rows = {0, ceil_div(params.q_len, block_size)};
+  params.lse_pitch = params.q_len;
   check_shape(kOp, "indices", indices,
               {params.batch, params.list_heads, params.rows.end, params.list_capacity});
   check_shape(kOp, "counts", counts, {params.batch, params.q_heads, params.rows.end});

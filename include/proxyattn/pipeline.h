@@ -1,9 +1,10 @@
-// proxy_attention: the five stages in one call, its scratch carved from one workspace. choose_blocks
-// is the same but for the last stage.
+// proxy_attention: the five stages in one call, its scratch carved from one workspace.
+// choose_blocks is the same but for the last stage.
 #pragma once
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -51,6 +52,8 @@ struct PipelineParams {
   BudgetMode budget_mode;
   bool causal;
   DType dtype;
+
+  PackedSequences packed;  // without q_starts: a batch
 };
 
 namespace cpu {

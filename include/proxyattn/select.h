@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -37,6 +38,8 @@ struct SelectParams {
   // the longest of those, one to the end of the list not counted, the blocks may stand in any
   // order. Where no place need be in order the row's peaks are not read.
   bool only_prefixes = false;
+
+  PackedSequences packed;  // without q_starts: a batch
 };
 
 namespace cpu {

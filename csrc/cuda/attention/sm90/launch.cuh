@@ -70,9 +70,9 @@ Problem make_problem(const AttentionParams& a) {
   p.sequence.q_len = static_cast<int>(a.q_len);
   p.sequence.kv_len = static_cast<int>(a.kv_len);
   p.sequence.offset = static_cast<int>(a.q_offset);
-  p.sequence.first_q_block = -static_cast<int>(a.rows.begin);
-  p.list_rows = static_cast<int>(a.rows.end - a.rows.begin);
-  p.lse_pitch = static_cast<int>(queries.tokens);
+  p.sequence.first_q_block = -static_cast<int>(a.list_rows.begin);
+  p.list_rows = static_cast<int>(a.list_rows.end - a.list_rows.begin);
+  p.lse_pitch = static_cast<int>(a.lse_pitch);
   p.kv_tokens = static_cast<int>(keys.tokens);
   p.cached_keys = static_cast<int>(section_bytes() /
                                    (2 * a.head_dim * int64_t{sizeof(typename Traits::Element)}));
