@@ -204,7 +204,8 @@ inline Outputs attend_to(const PipelineParams& p, const Lists& lists) {
   s.head_dim = p.head_dim;
   s.list_heads = p.proxy_heads;
   s.list_capacity = ceil_div(p.kv_len, p.kv_block);
-  s.rows = {0, ceil_div(p.q_len, p.q_block)};
+  s.rows = s.list_rows = {0, ceil_div(p.q_len, p.q_block)};
+  s.lse_pitch = p.q_len;
   s.q_strides = p.q_strides;
   s.k_strides = p.k_strides;
   s.v_strides = p.v_strides;
