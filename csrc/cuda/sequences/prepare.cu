@@ -1,0 +1,29 @@
+#include "proxyattn/sequences.h"
+
+#include "common/math.h"
+#include "common/sequence.h"
+#include "cuda/common/launch.h"
+#include "cuda/sequences/prepare_kernel.cuh"
+
+namespace proxyattn::cuda {
+
+void prepare_sequences(const SequenceParams& params, Stream stream) {
+  PrepareProblem problem{};
+  problem.packed = params.packed;
+  problem.table = SequenceTable(params.table, params.count,
+                                max_packed_blocks(params.packed, params.count, params.q_block));
+  problem.max_q_len = static_cast<int>(params.max_q_len);
+  int64_t max_kv_len = params.max_kv_len;
+  if (params.packed.page_table != nullptr) {
+    max_kv_len = min_of(max_kv_len, params.packed.table_pages * params.packed.page_len);
+  }
+  problem.max_kv_len = static_cast<int>(max_kv_len);
+  problem.q_block = static_cast<int>(params.q_block);
+  problem.stride = static_cast<int>(params.stride);
+  while (max_kv_len >> problem.key_bits > 0) ++problem.key_bits;
+  LaunchShape shape{1};
+  shape.threads = kPrepareThreads;
+  launch<prepare_sequences_kernel>("prepare_sequences", shape, stream, problem);
+}
+
+}  // namespace proxyattn::cuda

@@ -1,0 +1,153 @@
+// Packed sequences, device code: from starts, lengths and capacities to the table that every stage
+// reads (common/sequence.h).
+//
+// One thread block, kPrepareThreads sequences at a time with sums and maxima carried on. Starts are
+// made rising by a running maximum, and everything is cut to what the tensors and the capacities
+// hold, so that nothing in the table leads outside, whatever the lengths say. Sequences are put in
+// order by their keys as far as one thread block sorts them at once; more than that stay in the
+// order of the call, which is no less right.
+#pragma once
+
+#include <cstdint>
+#include <cub/block/block_radix_sort.cuh>
+#include <cub/block/block_scan.cuh>
+
+#include "common/math.h"
+#include "common/sequence.h"
+#include "cuda/common/macros.cuh"
+
+namespace proxyattn::cuda {
+
+inline constexpr int kPrepareThreads = 1024;
+
+struct PrepareProblem {
+  PackedSequences packed;
+  SequenceTable table;
+  int max_q_len;
+  int max_kv_len;  // with pages no more than the page table holds
+  int q_block;
+  int stride;
+  int key_bits;  // of max_kv_len
+};
+
+struct MaxOf {
+  PROXYATTN_DEVICE int operator()(int a, int b) const { return max(a, b); }
+};
+
+class SequencePreparer {
+  using Scan = cub::BlockScan<int, kPrepareThreads>;
+  using Sort = cub::BlockRadixSort<int, kPrepareThreads, 1, int>;
+
+ public:
+  union Shared {
+    typename Scan::TempStorage scan;
+    typename Sort::TempStorage sort;
+  };
+
+  PROXYATTN_DEVICE SequencePreparer(const PrepareProblem& problem, Shared& shared)
+      : p_(problem), shared_(shared), thread_(static_cast<int>(threadIdx.x)) {}
+
+  PROXYATTN_DEVICE void run() {
+    for (int first = 0; first < count(); first += kPrepareThreads) place(first + thread_);
+    __syncthreads();  // all sequences are written
+    int blocks = 0;
+    for (int first = 0; first < count(); first += kPrepareThreads) order(first, blocks);
+    if (thread_ == 0) p_.table.blocks_before[count()] = blocks;
+    for (int m = thread_; m < p_.table.max_blocks; m += kPrepareThreads) {
+      p_.table.block_sequence[m] = m < blocks ? sequence_of(m) : count();
+    }
+  }
+
+ private:
+  PROXYATTN_DEVICE int count() const { return p_.table.count; }
+
+  // The start of sequence i, no less than those before, and of the one behind it.
+  PROXYATTN_DEVICE int2 rising_starts(const int32_t* starts, int64_t total, int i, int& carried) {
+    const auto cut = [&](int at) {
+      return at <= count() ? min(max(starts[at], 0), static_cast<int>(total)) : 0;
+    };
+    int start = max(carried, i < count() ? cut(i) : 0);
+    int largest;
+    Scan(shared_.scan).InclusiveScan(start, start, MaxOf(), largest);
+    __syncthreads();  // the scan's scratch is free again
+    carried = largest;
+    return {start, i < count() ? max(start, cut(i + 1)) : start};
+  }
+
+  PROXYATTN_DEVICE int sum_before(int value, int& carried) {
+    int before;
+    int total;
+    Scan(shared_.scan).ExclusiveSum(value, before, total);
+    __syncthreads();  // the scan's scratch is free again
+    before += carried;
+    carried += total;
+    return before;
+  }
+
+  PROXYATTN_DEVICE void place(int i) {
+    const PackedSequences& packed = p_.packed;
+    const bool exists = i < count();
+    Sequence s{};
+    s.idx = i;
+    const int2 q = rising_starts(packed.q_starts, packed.total_q, i, q_start_);
+    s.q_start = q.x;
+    s.q_len = min(q.y - q.x, p_.max_q_len);
+    s.kv_len = p_.max_kv_len;
+    if (packed.kv_starts != nullptr) {
+      const int2 kv = rising_starts(packed.kv_starts, packed.total_kv, i, kv_start_);
+      s.kv_start = kv.x;
+      s.kv_len = min(kv.y - kv.x, s.kv_len);
+    }
+    if (packed.kv_lens != nullptr && exists) s.kv_len = min(max(packed.kv_lens[i], 0), s.kv_len);
+    if (!exists) s.q_len = s.kv_len = 0;
+    s.offset = s.kv_len - s.q_len;
+    s.first_q_block = sum_before(ceil_div(s.q_len, p_.q_block), q_blocks_);
+    const int units = ceil_div(ceil_div(s.kv_len, p_.stride), static_cast<int>(kWindowUnit));
+    s.first_key_window = sum_before(units, key_units_) * static_cast<int>(kWindowUnit);
+    if (exists) p_.table.sequences[i] = s;
+  }
+
+  // Places [first, first + kPrepareThreads) of the order, behind `blocks` query blocks.
+  PROXYATTN_DEVICE void order(int first, int& blocks) {
+    const int place = first + thread_;
+    int sequence[1] = {place};
+    if (count() <= kPrepareThreads) {
+      // Behind all others what is no sequence.
+      int keys[1] = {place < count() ? p_.table.sequences[place].kv_len + 1 : 0};
+      Sort(shared_.sort).SortDescending(keys, sequence, 0, p_.key_bits + 1);
+      __syncthreads();  // the sort's scratch is free again
+    }
+    const bool exists = place < count();
+    const int mine = exists ? ceil_div(p_.table.sequences[sequence[0]].q_len, p_.q_block) : 0;
+    const int before = sum_before(mine, blocks);
+    if (!exists) return;
+    p_.table.order[place] = sequence[0];
+    p_.table.blocks_before[place] = before;
+  }
+
+  // The last sequence that begins at query block m or before.
+  PROXYATTN_DEVICE int sequence_of(int m) const {
+    int begin = 0;
+    for (int end = count(); end - begin > 1;) {
+      const int middle = (begin + end) / 2;
+      (p_.table.sequences[middle].first_q_block <= m ? begin : end) = middle;
+    }
+    return begin;
+  }
+
+  const PrepareProblem& p_;
+  Shared& shared_;
+  const int thread_;
+  int q_start_ = 0;
+  int kv_start_ = 0;
+  int q_blocks_ = 0;
+  int key_units_ = 0;
+};
+
+static __global__ void __launch_bounds__(kPrepareThreads)
+    prepare_sequences_kernel(const __grid_constant__ PrepareProblem problem) {
+  __shared__ SequencePreparer::Shared shared;
+  SequencePreparer(problem, shared).run();
+}
+
+}  // namespace proxyattn::cuda
