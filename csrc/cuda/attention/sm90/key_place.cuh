@@ -9,20 +9,11 @@
 
 namespace proxyattn::cuda::sm90 {
 
-// The keys of a query tile.
+// The keys of a query tile. What is known of them stays in shared memory: the producer has few
+// registers and much to remember.
 struct KeyPlace {
   const Problem& p;
-  int batch;  // batch entry; with pages: row of the page table
-  int kv_head;
-  int kv_start;
-  int kv_len;
-
-  PROXYATTN_DEVICE KeyPlace(const Problem& problem, const KeyOrder& order)
-      : p(problem),
-        batch(order.batch),
-        kv_head(order.kv_head),
-        kv_start(order.kv_start),
-        kv_len(order.kv_len) {}
+  const KeyOwner& owner;
 
   PROXYATTN_DEVICE bool is_paged() const { return p.pages.table != nullptr; }
 
@@ -30,13 +21,13 @@ struct KeyPlace {
   // left with: whatever that is, it would meet weights of zero.
   template <int kRows>
   PROXYATTN_DEVICE bool has_tail(int part) const {
-    return p.packed.count > 0 && part * kRows < kv_len && (part + 1) * kRows > kv_len;
+    return p.packed.count > 0 && part * kRows < owner.kv_len && (part + 1) * kRows > owner.kv_len;
   }
 
   // The page that holds a key; a table is not to be trusted, and what it should not say is no page.
   PROXYATTN_DEVICE int page(int key) const {
-    if (key >= kv_len) return p.pages.num_pages;
-    const int64_t row = static_cast<int64_t>(batch) * p.pages.table_pages;
+    if (key >= owner.kv_len) return p.pages.num_pages;
+    const int64_t row = static_cast<int64_t>(owner.batch) * p.pages.table_pages;
     const int page = __ldg(p.pages.table + row + (key >> p.pages.page_shift));
     return static_cast<unsigned>(page) < static_cast<unsigned>(p.pages.num_pages)
                ? page
@@ -47,7 +38,9 @@ struct KeyPlace {
   }
 
   // Of keys that follow one another. Behind the last one the copy engine has zeros.
-  PROXYATTN_DEVICE int token(int key) const { return key < kv_len ? kv_start + key : p.kv_tokens; }
+  PROXYATTN_DEVICE int token(int key) const {
+    return key < owner.kv_len ? owner.kv_start + key : p.kv_tokens;
+  }
 };
 
 }  // namespace proxyattn::cuda::sm90

@@ -37,11 +37,12 @@ class Producer {
       const KeyOrder& order = shared_.order;
       const int blocks = order.blocks;
       if (blocks == kNoMoreOrders) return;
-      const KeyPlace place(p_, order);
-      BlockWalk walk(p_, order);
+      if (leads_warp()) shared_.owner = order.owner;
+      BlockWalk walk(p_, order, shared_.owner);
+      __syncwarp();  // the owner is written
       ptx::mbarrier_arrive(&shared_.order_barriers.empty[0]);
       order_.next();
-      load_tiles(place, walk, blocks);
+      load_tiles(KeyPlace{p_, shared_.owner}, walk, blocks);
     }
   }
 
@@ -160,8 +161,8 @@ class Producer {
                                   const KeyPlace& place,
                                   int part,
                                   int box) const {
-    ptx::tma_load(shared, map, full, 0, place.token(part * Traits::kPartRows), box, place.kv_head,
-                  place.batch, ptx::kEvictNormal);
+    ptx::tma_load(shared, map, full, 0, place.token(part * Traits::kPartRows), box,
+                  place.owner.kv_head, place.owner.batch, ptx::kEvictNormal);
   }
 
   // The boxes of a tile in pages are numbered by part, then by page, then by column: one a lane.
@@ -189,8 +190,8 @@ class Producer {
     if (Traits::kParts > 1 && part > 0 && tile.parts[Traits::kParts - 1] == kNoPart) return;
     const int box = warp_lane() % Traits::kBoxes;
     ptx::tma_load(slot + part * part_bytes + box * box_bytes + lane_row() * Traits::kBoxRowBytes,
-                  map, full, 0, place.token_in_page(first_key(tile.parts)), box, place.kv_head,
-                  tile.page, ptx::kEvictNormal);
+                  map, full, 0, place.token_in_page(first_key(tile.parts)), box,
+                  place.owner.kv_head, tile.page, ptx::kEvictNormal);
   }
 
   // Values row by row: those of keys, and zeros for the rows behind them.
@@ -201,12 +202,13 @@ class Producer {
     PROXYATTN_NO_UNROLL
     for (int row = warp_lane(); row < Traits::kPartRows; row += kWarpLanes) {
       const int key = part * Traits::kPartRows + row;
-      const int batch = place.is_paged() ? place.page(key) : place.batch;
+      const int batch = place.is_paged() ? place.page(key) : place.owner.batch;
       const int token = place.is_paged() ? place.token_in_page(key) : place.token(key);
       PROXYATTN_NO_UNROLL
       for (int box = 0; box < Traits::kBoxes; ++box) {
         ptx::tma_load(shared + box * Traits::kPartBoxBytes + row * Traits::kBoxRowBytes,
-                      &p_.v_row_map, full, 0, token, box, place.kv_head, batch, ptx::kEvictNormal);
+                      &p_.v_row_map, full, 0, token, box, place.owner.kv_head, batch,
+                      ptx::kEvictNormal);
       }
     }
   }

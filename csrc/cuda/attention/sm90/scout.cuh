@@ -31,11 +31,12 @@ class Scout {
   PROXYATTN_DEVICE void run() {
     TileWalk walk(p_);
     for (int tile = blockIdx.x * Traits::kTeams + team_; walk.advance_to(tile);) {
-      const Sequence sequence = walk.sequence();
-      const TilePlace place = walk.place(sequence, tile);
+      if (leads_warp()) shared_.sequence = walk.sequence();
+      __syncwarp();  // the sequence is written
+      const TilePlace place = walk.place(sequence().kv_len, tile);
       HeadBlocks heads[2];
-      give_order(sequence, place, heads);
-      load_query(sequence, place, heads);
+      give_order(place, heads);
+      load_query(place, heads);
       // Taken when the producer has begun with the one before: who takes tiles early ends late.
       ptx::mbarrier_wait(&shared_.order_barriers.empty[0], order_.phase,
                          ptx::WaitSite::kScoutOrder);
@@ -48,6 +49,9 @@ class Scout {
   }
 
  private:
+  // Of the tile; in shared memory, as a scout has few registers.
+  PROXYATTN_DEVICE const Sequence& sequence() const { return shared_.sequence; }
+
   PROXYATTN_DEVICE void wait_query_slot() const {
     if (leads_warp()) {
       ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
@@ -57,17 +61,16 @@ class Scout {
   }
 
   // Key blocks that any row of the query block sees.
-  PROXYATTN_DEVICE int visible_blocks(const Sequence& sequence, int row) const {
-    const int end = min((row + 1) * Traits::kBlockRows, sequence.q_len);
-    const int keys = p_.causal ? min(sequence.offset + end, sequence.kv_len) : sequence.kv_len;
+  PROXYATTN_DEVICE int visible_blocks(int row) const {
+    const int end = min((row + 1) * Traits::kBlockRows, sequence().q_len);
+    const int keys =
+        p_.causal ? min(sequence().offset + end, sequence().kv_len) : sequence().kv_len;
     return ceil_div(max(keys, 0), p_.kv_block);
   }
 
-  PROXYATTN_DEVICE void give_order(const Sequence& sequence,
-                                   const TilePlace& place,
-                                   HeadBlocks (&heads)[2]) {
-    const int visible = visible_blocks(sequence, place.row);
-    const int64_t list_row = sequence.first_q_block + place.row;
+  PROXYATTN_DEVICE void give_order(const TilePlace& place, HeadBlocks (&heads)[2]) {
+    const int visible = visible_blocks(place.row);
+    const int64_t list_row = sequence().first_q_block + place.row;
     const int32_t* list = nullptr;
     if (p_.indices != nullptr) {
       list = p_.indices + (place.list_idx(p_.tiles) * p_.list_rows + list_row) * p_.list_capacity;
@@ -90,11 +93,9 @@ class Scout {
     order.entries[warp_lane()] = entry;
     if (leads_warp()) {
       order.blocks = heads[0].blocks;
-      order.batch = p_.pages.table == nullptr ? place.batch : sequence.idx;
-      order.kv_head = place.kv_head;
-      order.kv_start = sequence.kv_start;
-      order.kv_len = sequence.kv_len;
-      order.num_kv_blocks = ceil_div(sequence.kv_len, p_.kv_block);
+      order.owner = KeyOwner{p_.pages.table == nullptr ? place.batch : sequence().idx,
+                             place.kv_head, sequence().kv_start, sequence().kv_len,
+                             ceil_div(sequence().kv_len, p_.kv_block)};
       order.list = list;
     }
     pass_order();
@@ -122,16 +123,14 @@ class Scout {
   }
 
   // Publishes the tile; the arrival on `full` makes TileInfo visible to the consumers.
-  PROXYATTN_DEVICE void load_query(const Sequence& sequence,
-                                   const TilePlace& place,
-                                   const HeadBlocks (&heads)[2]) {
+  PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     wait_query_slot();
     if (leads_warp()) {
       const int first_query = place.row * Traits::kBlockRows;
-      const int token = sequence.q_start + first_query;
+      const int token = sequence().q_start + first_query;
       shared_.rows[query_.slot] = BlockRows{
-          min(Traits::kBlockRows, sequence.q_len - first_query),
-          p_.causal ? sequence.offset + first_query + 1 : sequence.kv_len, sequence.kv_len};
+          min(Traits::kBlockRows, sequence().q_len - first_query),
+          p_.causal ? sequence().offset + first_query + 1 : sequence().kv_len, sequence().kv_len};
       const int steps = steps_of<Traits>(p_, heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {

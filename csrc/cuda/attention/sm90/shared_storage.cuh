@@ -62,6 +62,8 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kValueStages> value_barriers;
   RingBarriers<1> order_barriers;
   KeyOrder order;
+  KeyOwner owner;     // of the order that the producer works on
+  Sequence sequence;  // of the tile that the scout works on
   TileInfo tiles[Traits::kQueryStages][kTeamGroups];
   BlockRows rows[Traits::kQueryStages];
   TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds

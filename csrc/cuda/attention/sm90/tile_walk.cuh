@@ -40,11 +40,11 @@ class TileWalk {
     return p_.packed.sequences[__ldg(p_.packed.order + place_)];
   }
 
-  PROXYATTN_DEVICE TilePlace place(const Sequence& sequence, int tile) const {
+  PROXYATTN_DEVICE TilePlace place(int kv_len, int tile) const {
     if (!is_packed()) return {p_.tiles, tile};
     TileOrder own = p_.tiles;
     own.num_rows = blocks_end_ - __ldg(p_.packed.blocks_before + place_);
-    own.section_kv = max(1, min(own.num_kv, p_.cached_keys / max(1, sequence.kv_len)));
+    own.section_kv = max(1, min(own.num_kv, p_.cached_keys / max(1, kv_len)));
     return {own, tile - (blocks_end_ - own.num_rows) * block_tiles()};
   }
 
