@@ -1,5 +1,10 @@
 // What is known of each packed sequence, and the table that holds it: written once a call, by the
 // host or by one kernel, and read by every stage.
+//
+// Things of all sequences are numbered one sequence after another, in the order of the call: query
+// blocks, so that lists, scores and query proxies of a block lie together; key blocks; and windows
+// of keys, of which each sequence has a multiple of kWindowUnit, so that no tile of key proxies
+// belongs to two of them.
 #pragma once
 
 #include <cstddef>
@@ -11,48 +16,54 @@
 
 namespace proxyattn {
 
+inline constexpr int64_t kWindowUnit = 128;
+
 struct alignas(16) Sequence {
   int32_t q_start;  // token of q, and of out
   int32_t q_len;
   int32_t kv_start;  // token of packed k and v; 0 with pages
   int32_t kv_len;
-  int32_t first_q_block;     // among the query blocks of all sequences
-  int32_t first_key_window;  // among the key proxies of all sequences: a multiple of kWindowUnit
-  int32_t idx;               // in the order of the call: the row of the page table
-  int32_t offset;            // position of query 0; negative where queries outnumber keys
+  int32_t offset;         // position of query 0; negative where queries outnumber keys
+  int32_t first_q_block;  // among those of all sequences
+  int32_t first_kv_block;
+  int32_t first_key_unit;  // of kWindowUnit windows of keys
+  int32_t idx;             // in the order of the call: the row of the page table
+  int32_t unused[3];
 };
 
-// Key proxies of a sequence begin at a multiple of this many windows, so that no tile of them
-// belongs to two sequences.
-inline constexpr int64_t kWindowUnit = 128;
-
-// Sequences, longest first: who takes tiles in this order ends with short ones.
+// Entries behind the last sequence's blocks and units name no sequence: `count`.
 struct SequenceTable {
   Sequence* sequences;      // [count], in the order of the call
   int32_t* order;           // [count], from the one with the most keys to that with the fewest
   int32_t* blocks_before;   // [count + 1], query blocks of those before in that order
-  int32_t* block_sequence;  // [max_blocks], whose query block it is; count behind the last
+  int32_t* block_sequence;  // [max_q_blocks], whose query block it is
+  int32_t* unit_sequence;   // [max_key_units], whose windows of keys
   int32_t count;
-  int32_t max_blocks;
+  int32_t max_q_blocks;
+  int32_t max_key_units;
 
   SequenceTable() = default;
-  SequenceTable(const void* memory, int64_t num_sequences, int64_t num_blocks)
-      : count(static_cast<int32_t>(num_sequences)), max_blocks(static_cast<int32_t>(num_blocks)) {
+  SequenceTable(const void* memory, const SequenceParams& p)
+      : count(static_cast<int32_t>(p.count)),
+        max_q_blocks(static_cast<int32_t>(max_packed_blocks(p.packed, p.count, p.q_block))),
+        max_key_units(static_cast<int32_t>(max_units(p))) {
     auto* at = static_cast<std::byte*>(const_cast<void*>(memory));
     sequences = reinterpret_cast<Sequence*>(at);
-    order = reinterpret_cast<int32_t*>(at + num_sequences * int64_t{sizeof(Sequence)});
-    blocks_before = order + num_sequences;
-    block_sequence = blocks_before + num_sequences + 1;
+    order = reinterpret_cast<int32_t*>(at + p.count * int64_t{sizeof(Sequence)});
+    blocks_before = order + count;
+    block_sequence = blocks_before + count + 1;
+    unit_sequence = block_sequence + max_q_blocks;
   }
 
-  static int64_t bytes(int64_t num_sequences, int64_t num_blocks) {
-    return num_sequences * int64_t{sizeof(Sequence)} +
-           (2 * num_sequences + 1 + num_blocks) * int64_t{sizeof(int32_t)};
+  static int64_t bytes(const SequenceParams& p) {
+    const int64_t words =
+        2 * p.count + 1 + max_packed_blocks(p.packed, p.count, p.q_block) + max_units(p);
+    return p.count * int64_t{sizeof(Sequence)} + words * int64_t{sizeof(int32_t)};
+  }
+
+  static int64_t max_units(const SequenceParams& p) {
+    return p.max_total_kv / (p.stride * kWindowUnit) + p.count;
   }
 };
-
-inline SequenceTable table_of(const PackedSequences& packed, int64_t count, int64_t q_block) {
-  return {packed.table, count, max_packed_blocks(packed, count, q_block)};
-}
 
 }  // namespace proxyattn

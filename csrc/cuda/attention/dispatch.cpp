@@ -147,6 +147,7 @@ void block_sparse_attention(const AttentionParams& params, Stream stream) {
   sequences.table = static_cast<std::byte*>(params.workspace) + prepared.workspace_bytes;
   prepare_sequences(sequences, stream);
   prepared.packed.table = sequences.table;
+  prepared.packed.table_stride = kNoStride;
   kernel.launch(prepared, stream);
 }
 
