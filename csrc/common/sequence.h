@@ -62,8 +62,22 @@ struct SequenceTable {
   }
 
   static int64_t max_units(const SequenceParams& p) {
-    return p.max_total_kv / (p.stride * kWindowUnit) + p.count;
+    return p.packed.max_total_kv / (p.stride * kWindowUnit) + p.count;
   }
 };
+
+// Of any stage's params. `stride` is that of the proxies which the table says where to find.
+template <typename Params>
+SequenceParams sequence_params(const Params& p, int64_t stride) {
+  SequenceParams s{};
+  s.count = p.batch;
+  s.max_q_len = p.q_len;
+  s.max_kv_len = p.kv_len;
+  s.q_block = p.q_block;
+  s.kv_block = p.kv_block;
+  s.stride = stride;
+  s.packed = p.packed;
+  return s;
+}
 
 }  // namespace proxyattn

@@ -21,7 +21,9 @@ struct PackedSequences {
   int64_t table_pages = 0;
   int64_t num_pages = 0;        // of the cache [num_pages, page_len, kv_heads, head_dim]
   int64_t page_len = 0;         // tokens; k and v strides count pages as batch entries
-  const void* table = nullptr;  // what prepare_sequences made of these
+  int64_t max_total_kv = 0;     // keys of all sequences together, at most
+  const void* table = nullptr;  // what prepare_sequences made of these, if it did already
+  int64_t table_stride = 1;     // SequenceParams::stride of then
 };
 
 // The query blocks of all sequences, one sequence after another, are at most so many.
@@ -34,6 +36,7 @@ struct SequenceParams {
   int64_t max_q_len;
   int64_t max_kv_len;
   int64_t q_block;
+  int64_t kv_block;
   int64_t stride;  // tokens of a window of the proxies
   PackedSequences packed;
   void* table;  // sequence_table_bytes(params)

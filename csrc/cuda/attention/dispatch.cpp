@@ -12,6 +12,7 @@
 #include "proxyattn/error.h"
 
 #include "common/math.h"
+#include "common/sequence.h"
 #include "common/validate.h"
 #include "cuda/common/family.h"
 
@@ -81,21 +82,13 @@ const Kernel& choose_kernel(const AttentionParams& p) {
       choice.capability() / 10, ".", choice.capability() % 10));
 }
 
-// Packed sequences that nobody has prepared yet.
-SequenceParams sequence_params(const AttentionParams& p) {
-  SequenceParams s{};
-  s.count = p.batch;
-  s.max_q_len = p.q_len;
-  s.max_kv_len = p.kv_len;
-  s.q_block = p.q_block;
-  s.stride = 1;
-  s.packed = p.packed;
-  return s;
-}
+// Attention reads no proxies.
+constexpr int64_t kNoStride = 1;
 
+// Of packed sequences that nobody has prepared yet.
 int64_t table_bytes(const AttentionParams& p) {
   const bool prepared = p.packed.q_starts == nullptr || p.packed.table != nullptr;
-  return prepared ? 0 : sequence_table_bytes(sequence_params(p));
+  return prepared ? 0 : sequence_table_bytes(sequence_params(p, kNoStride));
 }
 
 void check_token_numbers(const AttentionParams& p) {
@@ -143,7 +136,7 @@ void block_sparse_attention(const AttentionParams& params, Stream stream) {
   // Behind what kernels keep.
   AttentionParams prepared = params;
   prepared.workspace_bytes = block_sparse_attention_workspace_bytes(params) - table_bytes(params);
-  SequenceParams sequences = sequence_params(params);
+  SequenceParams sequences = sequence_params(params, kNoStride);
   sequences.table = static_cast<std::byte*>(params.workspace) + prepared.workspace_bytes;
   prepare_sequences(sequences, stream);
   prepared.packed.table = sequences.table;

@@ -10,8 +10,7 @@ namespace proxyattn::cuda {
 void prepare_sequences(const SequenceParams& params, Stream stream) {
   PrepareProblem problem{};
   problem.packed = params.packed;
-  problem.table = SequenceTable(params.table, params.count,
-                                max_packed_blocks(params.packed, params.count, params.q_block));
+  problem.table = SequenceTable(params.table, params);
   problem.max_q_len = static_cast<int>(params.max_q_len);
   int64_t max_kv_len = params.max_kv_len;
   if (params.packed.page_table != nullptr) {
@@ -19,7 +18,9 @@ void prepare_sequences(const SequenceParams& params, Stream stream) {
   }
   problem.max_kv_len = static_cast<int>(max_kv_len);
   problem.q_block = static_cast<int>(params.q_block);
-  problem.stride = static_cast<int>(params.stride);
+  problem.max_total_kv = static_cast<int>(params.packed.max_total_kv);
+  problem.kv_block = static_cast<int>(params.kv_block);
+  problem.unit_tokens = static_cast<int>(params.stride * kWindowUnit);
   while (max_kv_len >> problem.key_bits > 0) ++problem.key_bits;
   LaunchShape shape{1};
   shape.threads = kPrepareThreads;

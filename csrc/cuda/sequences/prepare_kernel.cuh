@@ -25,9 +25,11 @@ struct PrepareProblem {
   SequenceTable table;
   int max_q_len;
   int max_kv_len;  // with pages no more than the page table holds
+  int max_total_kv;
   int q_block;
-  int stride;
-  int key_bits;  // of max_kv_len
+  int kv_block;
+  int unit_tokens;  // of kWindowUnit windows
+  int key_bits;     // of max_kv_len
 };
 
 struct MaxOf {
@@ -53,9 +55,10 @@ class SequencePreparer {
     int blocks = 0;
     for (int first = 0; first < count(); first += kPrepareThreads) order(first, blocks);
     if (thread_ == 0) p_.table.blocks_before[count()] = blocks;
-    for (int m = thread_; m < p_.table.max_blocks; m += kPrepareThreads) {
-      p_.table.block_sequence[m] = m < blocks ? sequence_of(m) : count();
-    }
+    fill(p_.table.block_sequence, p_.table.max_q_blocks, q_blocks_,
+         [](const Sequence& s) { return s.first_q_block; });
+    fill(p_.table.unit_sequence, p_.table.max_key_units, key_units_,
+         [](const Sequence& s) { return s.first_key_unit; });
   }
 
  private:
@@ -100,10 +103,13 @@ class SequencePreparer {
     }
     if (packed.kv_lens != nullptr && exists) s.kv_len = min(max(packed.kv_lens[i], 0), s.kv_len);
     if (!exists) s.q_len = s.kv_len = 0;
-    s.offset = s.kv_len - s.q_len;
     s.first_q_block = sum_before(ceil_div(s.q_len, p_.q_block), q_blocks_);
-    const int units = ceil_div(ceil_div(s.kv_len, p_.stride), static_cast<int>(kWindowUnit));
-    s.first_key_window = sum_before(units, key_units_) * static_cast<int>(kWindowUnit);
+    // Keys that are more than the capacity of all sequences are nobody's.
+    const int keys_before = sum_before(s.kv_len, keys_);
+    s.kv_len = max(0, min(s.kv_len, p_.max_total_kv - keys_before));
+    s.offset = s.kv_len - s.q_len;
+    s.first_kv_block = sum_before(ceil_div(s.kv_len, p_.kv_block), kv_blocks_);
+    s.first_key_unit = sum_before(ceil_div(s.kv_len, p_.unit_tokens), key_units_);
     if (exists) p_.table.sequences[i] = s;
   }
 
@@ -125,14 +131,17 @@ class SequencePreparer {
     p_.table.blocks_before[place] = before;
   }
 
-  // The last sequence that begins at query block m or before.
-  PROXYATTN_DEVICE int sequence_of(int m) const {
-    int begin = 0;
-    for (int end = count(); end - begin > 1;) {
-      const int middle = (begin + end) / 2;
-      (p_.table.sequences[middle].first_q_block <= m ? begin : end) = middle;
+  // Whose each of `used` things is: the last sequence's that begins with it or before.
+  template <typename First>
+  PROXYATTN_DEVICE void fill(int32_t* owners, int size, int used, const First& first_of) const {
+    for (int i = thread_; i < size; i += kPrepareThreads) {
+      int begin = 0;
+      for (int end = count(); i < used && end - begin > 1;) {
+        const int middle = (begin + end) / 2;
+        (first_of(p_.table.sequences[middle]) <= i ? begin : end) = middle;
+      }
+      owners[i] = i < used ? begin : count();
     }
-    return begin;
   }
 
   const PrepareProblem& p_;
@@ -141,6 +150,8 @@ class SequencePreparer {
   int q_start_ = 0;
   int kv_start_ = 0;
   int q_blocks_ = 0;
+  int keys_ = 0;
+  int kv_blocks_ = 0;
   int key_units_ = 0;
 };
 

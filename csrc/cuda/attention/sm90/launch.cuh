@@ -49,7 +49,7 @@ Problem make_problem(const AttentionParams& a) {
   p.out_map = make_tensor_map(kOp, a.out, a.dtype, queries, a.out_strides, {kWarpgroupRows, 1});
   if (is_packed(a)) {
     p.v_row_map = make_tensor_map(kOp, a.v, a.dtype, keys, a.v_strides, {1, 1});
-    p.packed = table_of(a.packed, a.batch, a.q_block);
+    p.packed = SequenceTable(a.packed.table, sequence_params(a, a.packed.table_stride));
   }
   if (paged) {
     p.pages = {a.packed.page_table, static_cast<int>(a.packed.table_pages),
