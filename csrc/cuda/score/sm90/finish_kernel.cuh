@@ -67,19 +67,21 @@ class ScoreFinisher {
       : p_(p), lse_(lse), lane_(warp_lane()) {
     const int sequence = find_sequence(tile);
     const ScoreSlots slots = p.slots_of(sequence);
-    span_ = p.span_of(sequence);
+    const ScoreSpan span = p.span_of(sequence);
     const int head = (tile - slots.first_tile) / slots.list_tiles;
     const int row_tile = slots.list_tiles - 1 - (tile - slots.first_tile) % slots.list_tiles;
     first_slot_ = slots.first_slot + head * slots.list_slots - p.pass_begin +
-                  slots_behind(row_tile, slots.list_tiles);
-    end_tile_ = p.visible_tiles(span_, row_tile);
-    tile_row_ = row_tile * p.tile_rows;
+                  slots_behind(span, row_tile, slots.list_tiles);
+    end_tile_ = p.visible_tiles(span, row_tile);
     block_row_ = block * p.block_rows;
-    const int q_block = tile_row_ / p.block_rows + block;
+    const int first_row = row_tile * p.tile_rows + block_row_;
+    const int q_block = first_row / p.block_rows;
+    num_keys_ = span.num_keys;
+    limit_ = p.causal ? span.first_limit + first_row : span.num_keys;
     const bool is_scored = q_block >= p.first_scored_block(sequence * p.proxy_heads + head);
-    rows_ = is_scored ? min(p.block_rows, span_.num_rows - tile_row_ - block_row_) : 0;
-    const int64_t list = static_cast<int64_t>(span_.batch) * p.proxy_heads + head;
-    out_ = (list * p.num_q_blocks + span_.first_block + q_block) * p.num_kv_blocks;
+    rows_ = is_scored ? min(p.block_rows, span.num_rows - first_row) : 0;
+    const int64_t list = static_cast<int64_t>(span.batch) * p.proxy_heads + head;
+    out_ = (list * p.num_q_blocks + span.first_block + q_block) * p.num_kv_blocks;
   }
 
   PROXYATTN_DEVICE void run(int first_cell) {
@@ -108,11 +110,14 @@ class ScoreFinisher {
     return begin;
   }
 
+  // Keys that a row of the query block sees.
+  PROXYATTN_DEVICE int visible_keys(int row) const { return max(0, min(num_keys_, limit_ + row)); }
+
   // Slots that come before a row tile's in its list.
-  PROXYATTN_DEVICE int slots_behind(int row_tile, int row_tiles) const {
+  PROXYATTN_DEVICE int slots_behind(const ScoreSpan& span, int row_tile, int row_tiles) const {
     int slots = 0;
     for (int tile = row_tile + 1 + lane_; tile < row_tiles; tile += kWarpLanes) {
-      slots += p_.num_chunks(span_, tile);
+      slots += p_.num_chunks(span, tile);
     }
     return group_sum<kWarpLanes>(slots);
   }
@@ -158,7 +163,7 @@ class ScoreFinisher {
       // Whole: every row sees every key of these tiles, and row groups have no other rows.
       const int tiles_end = first_tile + kTiles;
       const bool whole = rows_ % kRowGroup == 0 && tiles_end <= end_tile_ &&
-                         tiles_end * kLogitKeys <= p_.visible_keys(span_, tile_row_ + block_row_);
+                         tiles_end * kLogitKeys <= visible_keys(0);
       if (whole) {
         gather<true>(first_tile, scratch, cell, values);
       } else {
@@ -215,7 +220,7 @@ class ScoreFinisher {
       const int my_row = row + 8 * Blocks::row(lane_, half);
       const bool exists = kWhole || (0 <= my_row && my_row < rows_);
       const float lse = exists ? lse_[my_row] : 0.0f;
-      const int limit = exists ? p_.visible_keys(span_, tile_row_ + block_row_ + my_row) : 0;
+      const int limit = exists ? visible_keys(my_row) : 0;
       PROXYATTN_UNROLL
       for (int i = 0; i < kLaneCells; ++i) {
         const int t = i / kTileCells;
@@ -243,12 +248,12 @@ class ScoreFinisher {
   }
 
   const ScoreProblem& p_;
-  ScoreSpan span_;
   float* lse_;  // of the query block's rows, in shared memory
   int lane_;
   int first_slot_;  // of the row tile
   int end_tile_;    // key tiles that were computed
-  int tile_row_;    // first row of the row tile
+  int num_keys_;    // of the sequence
+  int limit_;       // keys that the query block's first row sees, if there are so many
   int block_row_;   // first row of the query block, in the row tile
   int rows_;        // of the query block; none: it is not there, or its scores are not wanted
   int64_t out_;

@@ -71,9 +71,9 @@ class ScoreWalk {
 
   // False behind the last item.
   PROXYATTN_DEVICE bool advance_to(const ScoreProblem& p, int item) {
-    while (item >= first_item_ + width_) {
-      if (width_ > 0) {
-        first_item_ += width_;
+    while (item >= first_item_ + width()) {
+      if (width() > 0) {
+        first_item_ += width();
         begin_column(chunk_ + 1);
       } else if (!next_band(p)) {
         return false;
@@ -84,7 +84,7 @@ class ScoreWalk {
 
   // Tells of the item that was advanced to; the whole warp calls, one lane writes.
   PROXYATTN_DEVICE void describe(const ScoreProblem& p, int idx, ScoreItem& item) const {
-    const int lane = lead_ + idx - first_item_;
+    const int lane = lead() + idx - first_item_;
     const int slot = __shfl_sync(kAllLanes, slot_, lane);
     if (!leads_warp()) return;
     const int row_tile = last_tile_ - lane;
@@ -102,7 +102,7 @@ class ScoreWalk {
 
   // Of the item's row tile: the query block behind its last, counted in the call.
   PROXYATTN_DEVICE int end_block(const ScoreProblem& p, int idx) const {
-    return (last_tile_ - (lead_ + idx - first_item_) + 1) * p.tile_rows / p.block_rows;
+    return (last_tile_ - (lead() + idx - first_item_) + 1) * p.tile_rows / p.block_rows;
   }
   PROXYATTN_DEVICE int list(const ScoreProblem& p) const {
     return at_.sequence * p.proxy_heads + at_.head;
@@ -144,12 +144,13 @@ class ScoreWalk {
     begin_column(0);
   }
 
+  PROXYATTN_DEVICE int lead() const { return __ffs(static_cast<int>(seen_by_)) - 1; }
+  PROXYATTN_DEVICE int width() const { return __popc(seen_by_); }
+
   // Earlier row tiles see no more chunks than later ones.
   PROXYATTN_DEVICE void begin_column(int chunk) {
     chunk_ = chunk;
-    const unsigned seen = __ballot_sync(kAllLanes, chunks_ > chunk);
-    lead_ = __ffs(static_cast<int>(seen)) - 1;
-    width_ = __popc(seen);
+    seen_by_ = __ballot_sync(kAllLanes, chunks_ > chunk);
   }
 
   PROXYATTN_DEVICE bool next_band(const ScoreProblem& p) {
@@ -178,8 +179,7 @@ class ScoreWalk {
   int chunks_;     // that the lane's row tile sees, if it is of the pass
   // The column:
   int chunk_;
-  int lead_;   // lane of the first row tile that sees it
-  int width_;  // row tiles that see it
+  unsigned seen_by_;  // lanes, which are neighbours
   int first_item_ = 0;
 };
 
