@@ -19,6 +19,8 @@ void prepare_sequences(const SequenceParams& params, Stream stream) {
   problem.max_kv_len = static_cast<int>(max_kv_len);
   problem.q_block = static_cast<int>(params.q_block);
   problem.max_total_kv = static_cast<int>(params.packed.max_total_kv);
+  problem.first_block = static_cast<int>(params.packed.blocks.begin);
+  problem.end_block = problem.first_block + problem.table.max_q_blocks;
   problem.kv_block = static_cast<int>(params.kv_block);
   problem.unit_tokens = static_cast<int>(params.stride * kWindowUnit);
   while (max_kv_len >> problem.key_bits > 0) ++problem.key_bits;

@@ -24,8 +24,9 @@ struct PrepareProblem {
   PackedSequences packed;
   SequenceTable table;
   int max_q_len;
-  int max_kv_len;  // with pages no more than the page table holds
-  int max_total_kv;
+  int max_kv_len;   // with pages no more than the page table holds  int max_total_kv;
+  int first_block;  // of the query blocks of all sequences: those to work on
+  int end_block;
   int q_block;
   int kv_block;
   int unit_tokens;  // of kWindowUnit windows
@@ -55,7 +56,8 @@ class SequencePreparer {
     int blocks = 0;
     for (int first = 0; first < count(); first += kPrepareThreads) order(first, blocks);
     if (thread_ == 0) p_.table.blocks_before[count()] = blocks;
-    fill(p_.table.block_sequence, p_.table.max_q_blocks, q_blocks_,
+    fill(p_.table.block_sequence, p_.table.max_q_blocks,
+         min(q_blocks_, p_.end_block) - p_.first_block,
          [](const Sequence& s) { return s.first_q_block; });
     fill(p_.table.unit_sequence, p_.table.max_key_units, key_units_,
          [](const Sequence& s) { return s.first_key_unit; });
@@ -108,9 +110,20 @@ class SequencePreparer {
     const int keys_before = sum_before(s.kv_len, keys_);
     s.kv_len = max(0, min(s.kv_len, p_.max_total_kv - keys_before));
     s.offset = s.kv_len - s.q_len;
+    cut_queries(s);
     s.first_kv_block = sum_before(ceil_div(s.kv_len, p_.kv_block), kv_blocks_);
     s.first_key_unit = sum_before(ceil_div(s.kv_len, p_.unit_tokens), key_units_);
     if (exists) p_.table.sequences[i] = s;
+  }  // To the query blocks that are worked on, which are numbered anew.
+  PROXYATTN_DEVICE void cut_queries(Sequence& s) const {
+    const int blocks = ceil_div(s.q_len, p_.q_block);
+    const int begin = min(max(p_.first_block - s.first_q_block, 0), blocks);
+    const int end = min(max(p_.end_block - s.first_q_block, begin), blocks);
+    s.q_len = min(end * p_.q_block, s.q_len) - begin * p_.q_block;
+    if (begin == end) s.q_len = 0;
+    s.q_start += begin * p_.q_block;
+    s.offset += begin * p_.q_block;
+    s.first_q_block = min(max(s.first_q_block, p_.first_block), p_.end_block) - p_.first_block;
   }
 
   // Places [first, first + kPrepareThreads) of the order, behind `blocks` query blocks.
