@@ -21,8 +21,9 @@ struct PackedSequences {
   int64_t table_pages = 0;
   int64_t num_pages = 0;     // of the cache [num_pages, page_len, kv_heads, head_dim]
   int64_t page_len = 0;      // tokens; k and v strides count pages as batch entries
-  int64_t max_total_kv = 0;  // keys of all sequences together, at most  BlockRange blocks = {0, 0};
-                             // // query blocks of all sequences to work on; none: all
+  int64_t max_total_kv = 0;  // keys of all sequences together, at most
+  // Query blocks of all sequences to work on; none: all.
+  BlockRange blocks = {0, 0};
   const void* table = nullptr;  // what prepare_sequences made of these, if it did already
   int64_t table_stride = 1;     // SequenceParams::stride of then
 };
@@ -34,6 +35,7 @@ inline int64_t max_packed_blocks(const PackedSequences& packed, int64_t count, i
   const int64_t range = packed.blocks.end - packed.blocks.begin;
   return range > 0 ? range : packed.total_q / q_block + count;
 }
+
 struct SequenceParams {
   int64_t count;
   int64_t max_q_len;

@@ -24,7 +24,8 @@ struct PrepareProblem {
   PackedSequences packed;
   SequenceTable table;
   int max_q_len;
-  int max_kv_len;   // with pages no more than the page table holds  int max_total_kv;
+  int max_kv_len;  // with pages no more than the page table holds
+  int max_total_kv;
   int first_block;  // of the query blocks of all sequences: those to work on
   int end_block;
   int q_block;
