@@ -40,11 +40,13 @@ struct MaxOf {
 
 class SequencePreparer {
   using Scan = cub::BlockScan<int, kPrepareThreads>;
+  using LongScan = cub::BlockScan<long long, kPrepareThreads>;  // lengths may be any numbers
   using Sort = cub::BlockRadixSort<int, kPrepareThreads, 1, int>;
 
  public:
   union Shared {
     typename Scan::TempStorage scan;
+    typename LongScan::TempStorage long_scan;
     typename Sort::TempStorage sort;
   };
 
@@ -80,10 +82,15 @@ class SequencePreparer {
     return {start, i < count() ? max(start, cut(i + 1)) : start};
   }
 
-  PROXYATTN_DEVICE int sum_before(int value, int& carried) {
-    int before;
-    int total;
-    Scan(shared_.scan).ExclusiveSum(value, before, total);
+  template <typename Sum>
+  PROXYATTN_DEVICE Sum sum_before(int value, Sum& carried) {
+    Sum before;
+    Sum total;
+    if constexpr (sizeof(Sum) == sizeof(int)) {
+      Scan(shared_.scan).ExclusiveSum(value, before, total);
+    } else {
+      LongScan(shared_.long_scan).ExclusiveSum(Sum{value}, before, total);
+    }
     __syncthreads();  // the scan's scratch is free again
     before += carried;
     carried += total;
@@ -108,14 +115,17 @@ class SequencePreparer {
     if (!exists) s.q_len = s.kv_len = 0;
     s.first_q_block = sum_before(ceil_div(s.q_len, p_.q_block), q_blocks_);
     // Keys that are more than the capacity of all sequences are nobody's.
-    const int keys_before = sum_before(s.kv_len, keys_);
-    s.kv_len = max(0, min(s.kv_len, p_.max_total_kv - keys_before));
+    const long long keys_before = sum_before(s.kv_len, keys_);
+    const long long keys_left = max(0ll, p_.max_total_kv - keys_before);
+    s.kv_len = static_cast<int>(min<long long>(s.kv_len, keys_left));
     s.offset = s.kv_len - s.q_len;
     cut_queries(s);
     s.first_kv_block = sum_before(ceil_div(s.kv_len, p_.kv_block), kv_blocks_);
     s.first_key_unit = sum_before(ceil_div(s.kv_len, p_.unit_tokens), key_units_);
     if (exists) p_.table.sequences[i] = s;
-  }  // To the query blocks that are worked on, which are numbered anew.
+  }
+
+  // To the query blocks that are worked on, which are numbered anew.
   PROXYATTN_DEVICE void cut_queries(Sequence& s) const {
     const int blocks = ceil_div(s.q_len, p_.q_block);
     const int begin = min(max(p_.first_block - s.first_q_block, 0), blocks);
@@ -164,7 +174,7 @@ class SequencePreparer {
   int q_start_ = 0;
   int kv_start_ = 0;
   int q_blocks_ = 0;
-  int keys_ = 0;
+  long long keys_ = 0;
   int kv_blocks_ = 0;
   int key_units_ = 0;
 };
