@@ -116,8 +116,8 @@ class SequencePreparer {
     s.first_q_block = sum_before(ceil_div(s.q_len, p_.q_block), q_blocks_);
     // Keys that are more than the capacity of all sequences are nobody's.
     const long long keys_before = sum_before(s.kv_len, keys_);
-    const long long keys_left = max(0ll, p_.max_total_kv - keys_before);
-    s.kv_len = static_cast<int>(min<long long>(s.kv_len, keys_left));
+    const long long keys_left = max_of<long long>(0, p_.max_total_kv - keys_before);
+    s.kv_len = static_cast<int>(min_of<long long>(s.kv_len, keys_left));
     s.offset = s.kv_len - s.q_len;
     cut_queries(s);
     s.first_kv_block = sum_before(ceil_div(s.kv_len, p_.kv_block), kv_blocks_);
