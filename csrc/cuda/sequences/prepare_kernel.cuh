@@ -18,7 +18,7 @@
 
 namespace proxyattn::cuda {
 
-inline constexpr int kPrepareThreads = 1024;
+inline constexpr int kPrepareThreads = 512;
 
 struct PrepareProblem {
   PackedSequences packed;
