@@ -41,9 +41,6 @@ struct SequenceParams {
 
 int64_t sequence_table_bytes(const SequenceParams& params);
 
-namespace cpu {
-void prepare_sequences(const SequenceParams& params);
-}
 namespace cuda {
 void prepare_sequences(const SequenceParams& params, Stream stream);
 }
