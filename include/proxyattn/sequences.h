@@ -21,7 +21,7 @@ struct PackedSequences {
   int64_t table_pages = 0;
   int64_t num_pages = 0;     // of the cache [num_pages, page_len, kv_heads, head_dim]
   int64_t page_len = 0;      // tokens; k and v strides count pages as batch entries
-  int64_t max_total_kv = 0;  // keys of all sequences together, at most
+  int64_t max_total_kv = 0;  // keys of all sequences together, at most; 0: nobody knows
   // Query blocks of all sequences to work on; none: all.
   BlockRange blocks = {0, 0};
   const void* table = nullptr;  // what prepare_sequences made of these, if it did already

@@ -69,17 +69,15 @@ class SequencePreparer {
  private:
   PROXYATTN_DEVICE int count() const { return p_.table.count; }
 
-  // The start of sequence i, no less than those before, and of the one behind it.
-  PROXYATTN_DEVICE int2 rising_starts(const int32_t* starts, int64_t total, int i, int& carried) {
-    const auto cut = [&](int at) {
-      return at <= count() ? min(max(starts[at], 0), static_cast<int>(total)) : 0;
-    };
-    int start = max(carried, i < count() ? cut(i) : 0);
-    int largest;
-    Scan(shared_.scan).InclusiveScan(start, start, MaxOf(), largest);
+  // From the start of sequence i to the next, each no less than those before.
+  PROXYATTN_DEVICE TokenSpan rising_starts(const int32_t* starts,
+                                           int32_t total,
+                                           int i,
+                                           int& least) {
+    int begin = cut_start(i < count() ? starts[i] : 0, least, total);
+    Scan(shared_.scan).InclusiveScan(begin, begin, MaxOf(), least);
     __syncthreads();  // the scan's scratch is free again
-    carried = largest;
-    return {start, i < count() ? max(start, cut(i + 1)) : start};
+    return {begin, i < count() ? cut_start(starts[i + 1], begin, total) : begin};
   }
 
   template <typename Sum>
@@ -99,20 +97,14 @@ class SequencePreparer {
 
   PROXYATTN_DEVICE void place(int i) {
     const PackedSequences& packed = p_.packed;
+    const TokenSpan q = rising_starts(packed.q_starts, p_.limits.total_q, i, q_start_);
+    TokenSpan kv{};
+    if (packed.kv_starts != nullptr) {
+      kv = rising_starts(packed.kv_starts, p_.limits.total_kv, i, kv_start_);
+    }
     const bool exists = i < count();
     Sequence s{};
-    s.idx = i;
-    const int2 q = rising_starts(packed.q_starts, packed.total_q, i, q_start_);
-    s.q_start = q.x;
-    s.q_len = min(q.y - q.x, p_.max_q_len);
-    s.kv_len = p_.max_kv_len;
-    if (packed.kv_starts != nullptr) {
-      const int2 kv = rising_starts(packed.kv_starts, packed.total_kv, i, kv_start_);
-      s.kv_start = kv.x;
-      s.kv_len = min(kv.y - kv.x, s.kv_len);
-    }
-    if (packed.kv_lens != nullptr && exists) s.kv_len = min(max(packed.kv_lens[i], 0), s.kv_len);
-    if (!exists) s.q_len = s.kv_len = 0;
+    if (exists) s = cut_sequence(packed, p_.limits, i, q, kv);
     s.first_q_block = sum_before(ceil_div(s.q_len, p_.q_block), q_blocks_);
     // Keys that are more than the capacity of all sequences are nobody's.
     const long long keys_before = sum_before(s.kv_len, keys_);

@@ -168,7 +168,7 @@ bool score_fits(const ScoreParams& p) {
   const int64_t keys = ceil_div(p.kv_len, p.stride);
   const bool counted =
       keys > 0 && keys <= kMaxCount && queries <= kMaxCount && p.packed.total_q <= kMaxCount &&
-      p.packed.max_total_kv <= kMaxCount &&
+      max_total_keys(p.packed, p.batch, p.kv_len) <= kMaxCount &&
       (packed || (-kMaxCount <= p.q_offset && p.q_offset / p.stride <= kMaxCount)) &&
       p.batch * p.proxy_heads <= kMaxCount;
   if (!counted) return false;
