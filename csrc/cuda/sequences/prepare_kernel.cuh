@@ -23,8 +23,7 @@ inline constexpr int kPrepareThreads = 512;
 struct PrepareProblem {
   PackedSequences packed;
   SequenceTable table;
-  int max_q_len;
-  int max_kv_len;  // with pages no more than the page table holds
+  SequenceLimits limits;
   int max_total_kv;
   int first_block;  // of the query blocks of all sequences: those to work on
   int end_block;
