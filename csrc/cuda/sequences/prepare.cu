@@ -16,6 +16,7 @@ void prepare_sequences(const SequenceParams& params, Stream stream) {
       static_cast<int>(max_total_keys(params.packed, params.count, params.max_kv_len));
   problem.first_block = static_cast<int>(params.packed.blocks.begin);
   problem.end_block = problem.first_block + problem.table.max_q_blocks;
+  problem.q_block = static_cast<int>(params.q_block);
   problem.kv_block = static_cast<int>(params.kv_block);
   problem.unit_tokens = static_cast<int>(params.stride * kWindowUnit);
   while (problem.limits.kv_len >> problem.key_bits > 0) ++problem.key_bits;
