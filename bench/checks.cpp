@@ -363,7 +363,8 @@ void check_attention_of(Machine& machine,
   host.batch = 1;
   host.q_len = queries.count;
   host.q_offset = params.q_offset + queries.begin;
-  host.rows = {0, 1};
+  host.rows = host.list_rows = {0, 1};
+  host.lse_pitch = queries.count;
   host.q_heads = group;
   host.kv_heads = 1;
   host.q = shifted(q.data(), first_head * params.q_strides.head, params.dtype);

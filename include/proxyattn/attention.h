@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -18,8 +19,10 @@ struct AttentionParams {
   int64_t list_capacity;  // entries that a list has room for
   int64_t q_block;
   int64_t kv_block;
-  int64_t q_offset;  // position of query 0
-  BlockRange rows;   // query blocks to attend; the others' outputs stay untouched
+  int64_t q_offset;      // position of query 0
+  BlockRange rows;       // query blocks to attend; the others' outputs stay untouched
+  BlockRange list_rows;  // query blocks that indices and counts hold; includes `rows`
+  int64_t lse_pitch;     // queries that lse holds of a head: q_len, or all packed ones
 
   TokenStrides q_strides;
   TokenStrides k_strides;
@@ -29,12 +32,12 @@ struct AttentionParams {
   const void* q;           // [batch, q_len, q_heads, head_dim]
   const void* k;           // [batch, kv_len, kv_heads, head_dim]
   const void* v;           // [batch, kv_len, kv_heads, head_dim]
-  const int32_t* indices;  // [batch, list_heads, rows, list_capacity]; null: all visible blocks
-  const int32_t* counts;   // [batch, q_heads, rows]; null if and only if indices is
+  const int32_t* indices;  // [batch, list_heads, list_rows, list_capacity]; null: all visible
+  const int32_t* counts;   // [batch, q_heads, list_rows]; null if and only if indices is
   void* out;               // [batch, q_len, q_heads, head_dim]
-  float* lse;              // [batch, q_heads, q_len], natural log; null: not wanted
+  float* lse;              // [batch, q_heads, lse_pitch], natural log; null: not wanted
   void* workspace;         // block_sparse_attention_workspace_bytes(params); null when that is 0
-  SequenceMap sequences;   // reserved
+  PackedSequences packed;  // without q_starts: a batch
 
   int64_t workspace_bytes;
   float scale;

@@ -1,9 +1,10 @@
-// Stage 3, what each head needs, from its attention in the last queries: estimate_budgets counts key
-// blocks, estimate_shares says how much the forced blocks hold.
+// Stage 3, what each head needs, from its attention in the last queries: estimate_budgets counts
+// key blocks, estimate_shares says how much the forced blocks hold.
 #pragma once
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -36,6 +37,8 @@ struct NeedParams {
   BudgetMode mode;  // which of the two is estimated
   bool causal;
   DType dtype;
+
+  PackedSequences packed;  // without q_starts: a batch
 };
 
 namespace cpu {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -30,6 +31,7 @@ struct PoolParams {
 
   Pooling pooling;
   DType dtype;
+  PackedSequences packed;  // without q_starts: a batch
 
   // Several proxies may read one kv head: there are no copies of it.
   int64_t key_proxy_heads() const { return proxy_heads < kv_heads ? proxy_heads : kv_heads; }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "proxyattn/sequences.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn {
@@ -38,6 +39,8 @@ struct ScoreParams {
   // list all whose heads read everything need no scores and may be left without. Null: score all.
   const int32_t* budgets = nullptr;
   int64_t q_heads = 0;
+
+  PackedSequences packed;  // without q_starts: a batch
 };
 
 namespace cpu {

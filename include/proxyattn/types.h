@@ -33,18 +33,10 @@ struct BlockRange {
   int64_t end;
 };
 
-// Room for packed sequences and paged key/value caches. Every pointer is null in this release and
-// validation says so; kernels see one dense sequence per batch entry.
-struct SequenceMap {
-  const int32_t* cu_q_len = nullptr;       // [batch + 1], null: every sequence has q_len tokens
-  const int32_t* cu_kv_len = nullptr;      // [batch + 1], null: every sequence has kv_len tokens
-  const int32_t* kv_page_table = nullptr;  // [batch, pages per sequence], null: not paged
-  int64_t kv_page_len = 0;                 // tokens per page
-};
-
 inline constexpr int64_t kHeadDims[] = {64, 128, 256};
 inline constexpr int64_t kBlockSizes[] = {64, 128};
 inline constexpr int64_t kStrides[] = {1, 2, 4, 8};
+inline constexpr int64_t kPageSizes[] = {16, 32, 64, 128, 256};
 // The CUDA selector sorts one row of key blocks inside a thread block: 1M tokens in blocks of 64.
 inline constexpr int64_t kMaxCudaKvBlocks = 16384;
 

@@ -93,7 +93,8 @@ void attend(const Inputs& in, const Lists& lists, const BlockRange& rows, Output
   p.q_block = in.block;
   p.kv_block = in.block;
   p.q_offset = in.k.tokens - in.q.tokens;
-  p.rows = rows;
+  p.rows = p.list_rows = rows;
+  p.lse_pitch = p.q_len;
   p.q_strides = in.q.strides;
   p.k_strides = in.k.strides;
   p.v_strides = in.v.strides;

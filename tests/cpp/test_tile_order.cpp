@@ -22,7 +22,7 @@ AttentionParams make_params(int64_t batch, int64_t q_heads, int64_t kv_heads, in
   p.list_heads = list_heads;
   p.kv_len = 1000;
   p.head_dim = 64;
-  p.rows = {kFirstRow, kFirstRow + kNumRows};
+  p.rows = p.list_rows = {kFirstRow, kFirstRow + kNumRows};
   p.indices = &some_list;
   return p;
 }
@@ -41,13 +41,11 @@ void check_head(const AttentionParams& p,
                 const TilePlace& place,
                 int head) {
   const int64_t batch = place.batch;
-  const int64_t row = place.row - kFirstRow;
   CHECK_EQ(int64_t{place.kv_head}, head / (p.q_heads / p.kv_heads));
   const int64_t list_head = batch * p.list_heads + head / (p.q_heads / p.list_heads);
-  CHECK_EQ(place.list_idx(order), list_head * kNumRows + row);
+  CHECK_EQ(place.list_idx(order), list_head);
   const int64_t in_group = head - place.head;
-  CHECK_EQ(place.count_idx(order) + in_group * order.num_rows,
-           (batch * p.q_heads + head) * kNumRows + row);
+  CHECK_EQ(place.head_idx(order) + in_group, batch * p.q_heads + head);
 }
 
 void check_order(const AttentionParams& p, int tile_heads, int64_t section_heads) {

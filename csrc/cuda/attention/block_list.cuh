@@ -30,8 +30,8 @@ PROXYATTN_DEVICE BlockList chosen_blocks(const AttentionParams& p,
                                          int q_block_idx) {
   const int heads_per_list = static_cast<int>(p.q_heads) / static_cast<int>(p.list_heads);
   const int64_t list_idx = batch_idx * p.list_heads + head_idx / heads_per_list;
-  const int64_t num_rows = p.rows.end - p.rows.begin;
-  const int64_t row = q_block_idx - p.rows.begin;
+  const int64_t num_rows = p.list_rows.end - p.list_rows.begin;
+  const int64_t row = q_block_idx - p.list_rows.begin;
   const int32_t count = p.counts[(batch_idx * p.q_heads + head_idx) * num_rows + row];
   const int64_t usable = min_of(max_of<int64_t>(count, 0), p.list_capacity);
   return {p.indices + (list_idx * num_rows + row) * p.list_capacity, static_cast<int>(usable)};

@@ -2,6 +2,7 @@
 // takes the call's layout.
 #include "cuda/attention/dispatch.h"
 
+#include <cstddef>
 #include <limits>
 #include <string>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "proxyattn/error.h"
 
 #include "common/math.h"
+#include "common/sequence.h"
 #include "common/validate.h"
 #include "cuda/common/family.h"
 
@@ -18,6 +20,7 @@ namespace proxyattn::cuda {
 namespace {
 
 constexpr const char* kOp = "block_sparse_attention";
+constexpr int64_t kTableAlignment = 16;
 // Kernels number tokens with 32 bits, and look a few tiles past the last.
 constexpr int64_t kMaxTokens = std::numeric_limits<int32_t>::max() - 1024;
 
@@ -79,11 +82,21 @@ const Kernel& choose_kernel(const AttentionParams& p) {
       choice.capability() / 10, ".", choice.capability() % 10));
 }
 
+// Attention reads no proxies.
+constexpr int64_t kNoStride = 1;
+
+// Of packed sequences that nobody has prepared yet.
+int64_t table_bytes(const AttentionParams& p) {
+  const bool prepared = p.packed.q_starts == nullptr || p.packed.table != nullptr;
+  return prepared ? 0 : sequence_table_bytes(sequence_params(p, kNoStride));
+}
+
 void check_token_numbers(const AttentionParams& p) {
   PROXYATTN_CHECK(p.kv_len <= kMaxTokens, kOp, ": kv_len must be at most ", kMaxTokens,
                   " on a GPU, got kv_len=", p.kv_len);
   PROXYATTN_CHECK(p.q_len <= kMaxTokens, kOp, ": q_len must be at most ", kMaxTokens,
                   " on a GPU, got q_len=", p.q_len);
+  if (p.packed.q_starts != nullptr) return;
   PROXYATTN_CHECK(-kMaxTokens <= p.q_offset && p.q_offset <= kMaxTokens - p.q_len, kOp,
                   ": q_offset + q_len must be at most ", kMaxTokens,
                   " on a GPU, got q_offset=", p.q_offset, ", q_len=", p.q_len);
@@ -110,7 +123,7 @@ int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params) {
     if (!kernel.is_built_for(params) || !kernel.family.runs_on(choice.capability())) continue;
     bytes = max_of(bytes, kernel.workspace_bytes(params));
   }
-  return bytes;
+  return round_up(bytes, kTableAlignment) + table_bytes(params);
 }
 
 void block_sparse_attention(const AttentionParams& params, Stream stream) {
@@ -118,8 +131,17 @@ void block_sparse_attention(const AttentionParams& params, Stream stream) {
   check_token_numbers(params);
   const Kernel& kernel = choose_kernel(params);
   validate_workspace(kOp, params.workspace, params.workspace_bytes,
-                     kernel.workspace_bytes == nullptr ? 0 : kernel.workspace_bytes(params));
-  kernel.launch(params, stream);
+                     block_sparse_attention_workspace_bytes(params));
+  if (table_bytes(params) == 0) return kernel.launch(params, stream);
+  // Behind what kernels keep.
+  AttentionParams prepared = params;
+  prepared.workspace_bytes = block_sparse_attention_workspace_bytes(params) - table_bytes(params);
+  SequenceParams sequences = sequence_params(params, kNoStride);
+  sequences.table = static_cast<std::byte*>(params.workspace) + prepared.workspace_bytes;
+  prepare_sequences(sequences, stream);
+  prepared.packed.table = sequences.table;
+  prepared.packed.table_stride = kNoStride;
+  kernel.launch(prepared, stream);
 }
 
 }  // namespace proxyattn::cuda

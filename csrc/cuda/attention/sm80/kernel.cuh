@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
   const int first_query = query.first_query + warp_row;
   if (args.lse != nullptr) {
     const int64_t head_row = query.batch_idx * args.q_heads + query.head_idx;
-    store_lse<Traits>(args.lse + head_row * args.q_len + first_query, state, params.factor,
+    store_lse<Traits>(args.lse + head_row * args.lse_pitch + first_query, state, params.factor,
                       valid_rows, lane);
   }
   store_rows<Traits>(head_rows(static_cast<Element*>(args.out), args.out_strides, query.batch_idx,

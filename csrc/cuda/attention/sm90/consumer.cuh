@@ -29,6 +29,7 @@ class Consumer {
       : p_(problem), shared_(shared) {
     place_.thread = threadIdx.x & 127;
     place_.group = warpgroup % 2;
+    place_.first_row = place_.group * kWarpgroupRows % Traits::kBlockRows;
     place_.barrier = kFirstEpilogueBarrier + warpgroup;
     query_descriptor_ =
         ptx::matrix_descriptor(shared.query[0] + Traits::group_bytes(place_.group), 0);
@@ -42,8 +43,6 @@ class Consumer {
                          ptx::WaitSite::kConsumerQuery);
       const TileInfo tile = read_tile_info<Traits>(shared_.tiles[query_.slot][place_.group]);
       if (tile.steps == kNoMoreTiles) break;
-      place_.first_row =
-          tile.row * Traits::kBlockRows + place_.group * kWarpgroupRows % Traits::kBlockRows;
       if (tile.steps > 0) {
         attend(tile);
       } else {
@@ -63,7 +62,7 @@ class Consumer {
 
   PROXYATTN_DEVICE void attend(const TileInfo& tile) {
     // Every row of the warpgroup sees parts [0, whole_parts) whole.
-    const int whole_parts = visible_keys(place_.first_row) / Traits::kPartRows;
+    const int whole_parts = rows().limit(place_.first_row) / Traits::kPartRows;
     // Key tiles before the last one, if only a part of that is this head's.
     const int uncut = Traits::kParts > 1 ? tile.steps - tile.odd : tile.steps;
     const uint64_t query =
@@ -99,8 +98,9 @@ class Consumer {
     sum_rows(state);
     normalise(o, state);
     stage_output<Traits>(shared_.query[query_.slot], o, place_);
-    store_lse(p_, tile, place_, state);
-    store_output(p_, shared_, tile, place_, query_.slot);
+    const int num_rows = count_rows();
+    store_lse(p_, tile, place_, num_rows, state);
+    store_output(p_, shared_, tile, place_, num_rows, query_.slot);
     stored_ = &shared_.query_barriers.empty[query_.slot];
     // With a single slot the scout waits for it.
     if constexpr (Traits::kQueryStages == 1) release_stored();
@@ -110,7 +110,7 @@ class Consumer {
   PROXYATTN_DEVICE void pass(const TileInfo& tile) {
     release_stored();
     if (tile.head != kNoHead) {
-      store_nothing(p_, shared_, tile, place_, query_.slot);
+      store_nothing(p_, shared_, tile, place_, count_rows(), query_.slot);
     } else {
       release_slot(&shared_.query_barriers.empty[query_.slot]);
     }
@@ -226,10 +226,8 @@ class Consumer {
     for (int i = 0; i < Traits::kProbabilities; ++i) to[i] = from[i];
   }
 
-  // Keys [0, visible) that a query may see.
-  PROXYATTN_DEVICE int visible_keys(int query) const {
-    return p_.causal ? min(p_.kv_len, p_.q_offset + query + 1) : p_.kv_len;
-  }
+  PROXYATTN_DEVICE BlockRows rows() const { return read_rows(shared_.rows[query_.slot]); }
+  PROXYATTN_DEVICE int count_rows() const { return read_beside(shared_.rows[query_.slot].count); }
 
   PROXYATTN_DEVICE uint64_t key() const {
     return key_descriptor_ + key_.slot * descriptor_step(Traits::kKeyTileBytes);
@@ -272,7 +270,8 @@ class Consumer {
   PROXYATTN_DEVICE void mask_part(Scores& s, int whole_parts, int part) {
     if (part < whole_parts) return;
     constexpr int kCount = Traits::kScores / Traits::kParts;
-    const int limit[2] = {visible_keys(place_.query()), visible_keys(place_.query() + 8)};
+    const BlockRows all = rows();
+    const int limit[2] = {all.limit(place_.row()), all.limit(place_.row() + 8)};
     mask_scores<kPart * kCount, kCount>(s, part * Traits::kPartRows + (place_.thread & 3) * 2,
                                         limit);
   }

@@ -19,12 +19,12 @@ struct GroupPlace {
   int group;      // warpgroup of the team, 0 or 1
   int barrier;    // its named barrier
   int thread;     // in the warpgroup
-  int first_row;  // query of the warpgroup's row 0
+  int first_row;  // the warpgroup's row 0 in the query block
 
   PROXYATTN_DEVICE int lane() const { return thread & 31; }
   PROXYATTN_DEVICE int warp() const { return thread >> 5; }
-  // This thread's upper query; the lower one is eight further.
-  PROXYATTN_DEVICE int query() const { return first_row + warp() * 16 + lane() / 4; }
+  // This thread's upper row of the query block; the lower one is eight further.
+  PROXYATTN_DEVICE int row() const { return first_row + warp() * 16 + lane() / 4; }
 };
 
 inline constexpr int kFirstEpilogueBarrier = 4;  // named barriers 4 to 7, one a warpgroup
@@ -40,18 +40,43 @@ PROXYATTN_DEVICE void normalise(float (&o)[Outputs], const RowState& state) {
   for (int i = 0; i < Outputs; ++i) o[i] *= inverse[(i >> 1) & 1];
 }
 
+// lse of the query block's row 0.
+PROXYATTN_DEVICE float* row_lse(const Problem& p, const TileInfo& tile) {
+  const int64_t head = static_cast<int64_t>(tile.batch) * p.tiles.q_heads + tile.head;
+  return p.lse + head * p.lse_pitch + tile.token;
+}
+
+// Half of a row of the query block in global memory: chunks of 16 bytes, two threads a row.
+template <typename Traits>
+struct OutputHalf {
+  static constexpr int kChunks = Traits::kHeadDim / 16;
+  uint4* chunks;
+  int row;  // of the warpgroup
+
+  PROXYATTN_DEVICE OutputHalf(const Problem& p, const TileInfo& tile, const GroupPlace& place)
+      : row(place.thread / 2) {
+    const int64_t token = tile.token + place.first_row + row;
+    auto* out = static_cast<typename Traits::Element*>(p.out) + tile.batch * p.out_batch_stride +
+                token * p.out_token_stride + tile.head * p.out_head_stride;
+    chunks = reinterpret_cast<uint4*>(out) + first_chunk(place);
+  }
+
+  static PROXYATTN_DEVICE int first_chunk(const GroupPlace& place) {
+    return (place.thread & 1) * kChunks;
+  }
+};
+
 PROXYATTN_DEVICE void store_lse(const Problem& p,
                                 const TileInfo& tile,
                                 const GroupPlace& place,
+                                int num_rows,
                                 const RowState& state) {
   if (p.lse == nullptr || (place.lane() & 3) != 0) return;
-  float* lse = p.lse + (static_cast<int64_t>(tile.batch) * p.tiles.q_heads + tile.head) * p.q_len;
+  float* lse = row_lse(p, tile);
   PROXYATTN_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const int query = place.query() + 8 * r;
-    if (query < p.q_len) {
-      lse[query] = log_sum(state.reference[r], state.sum[r], 1.0f);
-    }
+    const int row = place.row() + 8 * r;
+    if (row < num_rows) lse[row] = log_sum(state.reference[r], state.sum[r], 1.0f);
   }
 }
 
@@ -78,22 +103,43 @@ PROXYATTN_DEVICE void stage_output(uint8_t* query_tile,
   }
 }
 
+// Of rows that another sequence's follow, which the copy engine would overwrite: those that exist.
+template <typename Traits>
+PROXYATTN_DEVICE void copy_output(const Problem& p,
+                                  const TileInfo& tile,
+                                  const GroupPlace& place,
+                                  int num_rows,
+                                  const uint8_t* staged) {
+  const OutputHalf<Traits> half(p, tile, place);
+  if (place.first_row + half.row >= num_rows) return;
+  PROXYATTN_UNROLL
+  for (int i = 0; i < half.kChunks; ++i) {
+    const int chunk = half.first_chunk(place) + i;
+    const uint8_t* box = staged + (chunk / 8) * Traits::kQueryBoxBytes;
+    half.chunks[i] = *reinterpret_cast<const uint4*>(box + half.row * Traits::kBoxRowBytes +
+                                                     ((chunk % 8 ^ half.row % 8) << 4));
+  }
+}
+
 // Starts the store of the warpgroup's rows. The query slot goes back in finish_store.
 template <typename Traits>
 PROXYATTN_DEVICE void store_output(const Problem& p,
                                    SharedStorage<Traits>& shared,
                                    const TileInfo& tile,
                                    const GroupPlace& place,
+                                   int num_rows,
                                    int slot) {
   // The staged rows must be visible to the copy engine before one thread starts the store.
   ptx::fence_shared_for_async();
   ptx::named_barrier_sync(place.barrier, 128);
-  if (place.thread == 0) {
-    const uint8_t* rows = shared.query[slot] + Traits::group_bytes(place.group);
+  const uint8_t* rows = shared.query[slot] + Traits::group_bytes(place.group);
+  if (p.packed.count > 0 && num_rows < place.first_row + kWarpgroupRows) {
+    copy_output<Traits>(p, tile, place, num_rows, rows);
+  } else if (place.thread == 0) {
     PROXYATTN_UNROLL
     for (int box = 0; box < Traits::kBoxes; ++box) {
-      ptx::tma_store(&p.out_map, rows + box * Traits::kQueryBoxBytes, 0, place.first_row, box,
-                     tile.head, tile.batch);
+      ptx::tma_store(&p.out_map, rows + box * Traits::kQueryBoxBytes, 0,
+                     tile.token + place.first_row, box, tile.head, tile.batch);
     }
     ptx::tma_store_commit();
   }
@@ -112,21 +158,14 @@ PROXYATTN_DEVICE void store_nothing(const Problem& p,
                                     SharedStorage<Traits>& shared,
                                     const TileInfo& tile,
                                     const GroupPlace& place,
+                                    int num_rows,
                                     int slot) {
-  constexpr int kHalfRow = Traits::kHeadDim / 2;
-  const int query = place.first_row + place.thread / 2;
-  if (query < p.q_len) {
-    auto* out = static_cast<typename Traits::Element*>(p.out) + tile.batch * p.out_batch_stride +
-                query * p.out_token_stride + tile.head * p.out_head_stride +
-                (place.thread & 1) * kHalfRow;
-    auto* chunks = reinterpret_cast<uint4*>(out);
-    constexpr int kChunks = kHalfRow * sizeof(typename Traits::Element) / sizeof(uint4);
+  const OutputHalf<Traits> half(p, tile, place);
+  const int row = place.first_row + half.row;
+  if (row < num_rows) {
     PROXYATTN_UNROLL
-    for (int i = 0; i < kChunks; ++i) chunks[i] = make_uint4(0, 0, 0, 0);
-    if (p.lse != nullptr && (place.thread & 1) == 0) {
-      const int64_t head = static_cast<int64_t>(tile.batch) * p.tiles.q_heads + tile.head;
-      p.lse[head * p.q_len + query] = kMinusInfinity;
-    }
+    for (int i = 0; i < half.kChunks; ++i) half.chunks[i] = make_uint4(0, 0, 0, 0);
+    if (p.lse != nullptr && (place.thread & 1) == 0) row_lse(p, tile)[row] = kMinusInfinity;
   }
   release_slot(&shared.query_barriers.empty[slot]);
 }

@@ -11,10 +11,18 @@
 
 namespace proxyattn::cuda::sm90 {
 
+// Whose keys.
+struct KeyOwner {
+  int batch;  // batch entry of the keys; with pages: row of the page table
+  int kv_head;
+  int kv_start;  // token of the first key
+  int kv_len;
+  int num_kv_blocks;
+};
+
 struct KeyOrder {
   int blocks;  // key blocks to load; kNoMoreOrders: leave
-  int batch;
-  int kv_head;
+  KeyOwner owner;
   const int32_t* list;          // null: blocks - 1, ..., 0
   int32_t entries[kWarpLanes];  // the list's first
 };
@@ -30,8 +38,8 @@ PROXYATTN_DEVICE int steps_of(const Problem& p, int blocks) {
 // down. One warp reads it together, 32 entries at a time.
 class BlockWalk {
  public:
-  PROXYATTN_DEVICE BlockWalk(const Problem& p, const KeyOrder& order)
-      : p_(p), list_(order.list), ahead_(order.entries[warp_lane()]) {}
+  PROXYATTN_DEVICE BlockWalk(const Problem& p, const KeyOrder& order, const KeyOwner& owner)
+      : p_(p), owner_(owner), list_(order.list), ahead_(order.entries[warp_lane()]) {}
 
   // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
   // that names no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is
@@ -40,9 +48,8 @@ class BlockWalk {
     if (list_ == nullptr) return count - 1 - i;
     if (i > 0 && i % kWarpLanes == 0) ahead_ = load_entry(p_, list_, i + warp_lane());
     const int entry = __shfl_sync(kAllLanes, ahead_, i % kWarpLanes);
-    return static_cast<unsigned>(entry) < static_cast<unsigned>(p_.num_kv_blocks)
-               ? entry
-               : p_.num_kv_blocks;
+    const int num_blocks = owner_.num_kv_blocks;
+    return static_cast<unsigned>(entry) < static_cast<unsigned>(num_blocks) ? entry : num_blocks;
   }
 
   static PROXYATTN_DEVICE int load_entry(const Problem& p, const int32_t* list, int i) {
@@ -51,6 +58,7 @@ class BlockWalk {
 
  private:
   const Problem& p_;
+  const KeyOwner& owner_;
   const int32_t* list_;
   int ahead_;  // lane i holds entry i of the current 32
 };

@@ -11,6 +11,7 @@
 #include "common/block_grid.h"
 #include "cuda/attention/dispatch.h"
 #include "cuda/attention/sm90/kernel.cuh"
+#include "cuda/attention/sm90/layout.h"
 #include "cuda/attention/sm90/tile_order.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
@@ -24,18 +25,37 @@ inline int64_t section_bytes() {
   return int64_t{device_attribute(kOp, cudaDevAttrL2CacheSize)} / 3 * 2;
 }
 
+inline int log2_of(int64_t power_of_two) {
+  int log2 = 0;
+  while (power_of_two >> log2 > 1) ++log2;
+  return log2;
+}
+
 template <typename Traits>
 Problem make_problem(const AttentionParams& a) {
   constexpr int kKeyBoxes = Traits::kParts == 1 ? Traits::kBoxes : 1;  // of one load
   Problem p{};
-  p.q_map = make_tensor_map(kOp, a.q, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
-                            a.q_strides, {Traits::kBlockRows, Traits::kBoxes});
-  p.k_map = make_tensor_map(kOp, a.k, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
-                            a.k_strides, {Traits::kPartRows, kKeyBoxes});
-  p.v_map = make_tensor_map(kOp, a.v, a.dtype, {a.kv_len, a.head_dim, a.kv_heads, a.batch},
-                            a.v_strides, {Traits::kPartRows, Traits::kBoxes});
-  p.out_map = make_tensor_map(kOp, a.out, a.dtype, {a.q_len, a.head_dim, a.q_heads, a.batch},
-                              a.out_strides, {kWarpgroupRows, 1});
+  const TensorSizes queries = query_sizes(a);
+  const TensorSizes keys = key_sizes(a);
+  const bool paged = a.packed.page_table != nullptr;
+  const int page_rows = static_cast<int>(min_of<int64_t>(a.packed.page_len, Traits::kPartRows));
+  const TensorBox page_box{page_rows, 1};
+  p.q_map = make_tensor_map(kOp, a.q, a.dtype, queries, a.q_strides,
+                            {Traits::kBlockRows, Traits::kBoxes});
+  p.k_map = make_tensor_map(kOp, a.k, a.dtype, keys, a.k_strides,
+                            paged ? page_box : TensorBox{Traits::kPartRows, kKeyBoxes});
+  p.v_map = make_tensor_map(kOp, a.v, a.dtype, keys, a.v_strides,
+                            paged ? page_box : TensorBox{Traits::kPartRows, Traits::kBoxes});
+  p.out_map = make_tensor_map(kOp, a.out, a.dtype, queries, a.out_strides, {kWarpgroupRows, 1});
+  if (is_packed(a)) {
+    p.v_row_map = make_tensor_map(kOp, a.v, a.dtype, keys, a.v_strides, {1, 1});
+    p.packed = SequenceTable(a.packed.table, sequence_params(a, a.packed.table_stride));
+  }
+  if (paged) {
+    p.pages = {a.packed.page_table, static_cast<int>(a.packed.table_pages),
+               static_cast<int>(a.packed.num_pages), log2_of(a.packed.page_len),
+               log2_of(page_rows)};
+  }
   p.indices = a.indices;
   p.counts = a.counts;
   p.out = a.out;
@@ -46,10 +66,16 @@ Problem make_problem(const AttentionParams& a) {
   p.out_head_stride = a.out_strides.head;
   p.tiles = make_tile_order(a, Traits::kHeads, section_bytes());
   p.list_capacity = static_cast<int>(a.list_capacity);
-  p.q_len = static_cast<int>(a.q_len);
-  p.kv_len = static_cast<int>(a.kv_len);
-  p.q_offset = static_cast<int>(a.q_offset);
-  p.num_kv_blocks = static_cast<int>(ceil_div(a.kv_len, a.kv_block));
+  p.sequence = {};
+  p.sequence.q_len = static_cast<int>(a.q_len);
+  p.sequence.kv_len = static_cast<int>(a.kv_len);
+  p.sequence.offset = static_cast<int>(a.q_offset);
+  p.sequence.first_q_block = -static_cast<int>(a.list_rows.begin);
+  p.list_rows = static_cast<int>(a.list_rows.end - a.list_rows.begin);
+  p.lse_pitch = static_cast<int>(a.lse_pitch);
+  p.kv_tokens = static_cast<int>(keys.tokens);
+  p.cached_keys = static_cast<int>(section_bytes() /
+                                   (2 * a.head_dim * int64_t{sizeof(typename Traits::Element)}));
   p.kv_block = static_cast<int>(a.kv_block);
   p.tiles_per_block = max_of(1, static_cast<int>(a.kv_block) / Traits::kKeyRows);
   p.causal = a.causal ? 1 : 0;

@@ -1,4 +1,6 @@
 // Which calls the sm90 family takes.
+#include "cuda/attention/sm90/layout.h"
+
 #include <cstdint>
 
 #include "proxyattn/attention.h"
@@ -22,11 +24,13 @@ bool fits(const AttentionParams& p) {
       (p.q_block == kQueryRows || p.q_block == kSmallBlock) && p.kv_block == kSmallBlock;
   const bool tiled = large || small;
   const bool counted = 0 < p.kv_len && p.kv_len <= kMaxTokens && p.q_len <= kMaxTokens &&
-                       0 <= p.q_offset && p.q_offset <= kMaxTokens &&
+                       (is_packed(p) || (0 <= p.q_offset && p.q_offset <= kMaxTokens)) &&
                        p.list_capacity <= kMaxTokens &&
-                       p.batch * p.q_heads * (p.rows.end - p.rows.begin) <= kMaxTiles;
-  const TensorSizes queries{p.q_len, p.head_dim, p.q_heads, p.batch};
-  const TensorSizes keys{p.kv_len, p.head_dim, p.kv_heads, p.batch};
+                       batch_entries(p) * p.q_heads * (p.rows.end - p.rows.begin) <= kMaxTiles &&
+                       p.packed.total_q <= kMaxTokens && p.packed.total_kv <= kMaxTokens &&
+                       p.packed.num_pages <= kMaxTokens;
+  const TensorSizes queries = query_sizes(p);
+  const TensorSizes keys = key_sizes(p);
   return tiled && counted && tensor_map_fits(p.q, queries, p.q_strides) &&
          tensor_map_fits(p.k, keys, p.k_strides) && tensor_map_fits(p.v, keys, p.v_strides) &&
          tensor_map_fits(p.out, queries, p.out_strides);

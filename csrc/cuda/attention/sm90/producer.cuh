@@ -2,12 +2,14 @@
 //
 // Order of loads in a tile: K0, K1, V0, K2, V1, ..., so that the keys of the next step are there
 // when the values of this one are wanted. The whole warp walks the list; lane 0 talks to the
-// barriers of the rings and to the copy engine.
+// barriers of the rings and to the copy engine, which takes a part of a tile at a time. Of pages it
+// takes what a page has of a part, 64 columns at a time, and each lane asks for one such box.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/attention/sm90/key_order.cuh"
+#include "cuda/attention/sm90/key_place.cuh"
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/common/macros.cuh"
@@ -35,22 +37,17 @@ class Producer {
       const KeyOrder& order = shared_.order;
       const int blocks = order.blocks;
       if (blocks == kNoMoreOrders) return;
-      const Place place{order.batch, order.kv_head};
-      BlockWalk walk(p_, order);
+      if (leads_warp()) shared_.owner = order.owner;
+      BlockWalk walk(p_, order, shared_.owner);
+      __syncwarp();  // the owner is written
       ptx::mbarrier_arrive(&shared_.order_barriers.empty[0]);
       order_.next();
-      load_tiles(place, walk, blocks);
+      load_tiles(KeyPlace{p_, shared_.owner}, walk, blocks);
     }
   }
 
  private:
   using Parts = TileParts<Traits>;
-
-  struct Place {
-    int batch;
-    int kv_head;
-  };
-
   // The whole warp goes on together: a lane left behind could find that the phase it waits for and
   // the one after it are both over, and would wait for ever.
   static PROXYATTN_DEVICE void wait(uint64_t* barrier, uint32_t phase, ptx::WaitSite site) {
@@ -58,68 +55,88 @@ class Producer {
     __syncwarp();
   }
 
-  PROXYATTN_DEVICE void load_tiles(const Place& place, BlockWalk& walk, int blocks) {
+  PROXYATTN_DEVICE void load_tiles(const KeyPlace& place, BlockWalk& walk, int blocks) {
     const int steps = steps_of<Traits>(p_, blocks);
-    Parts parts, previous;
-    int place_in_list = 0;
+    Parts parts;
+    int page = 0;  // of this lane's box, with pages
     int block = 0;
-    int left = 0;  // key tiles of the block
     PROXYATTN_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       if constexpr (Traits::kLargeBlocks) {
         // From the block's end, as the blocks themselves usually come.
-        if (left == 0) {
-          left = p_.tiles_per_block;
-          block = walk.block(place_in_list++, blocks);
-        }
-        parts[0] = block * p_.tiles_per_block + --left;
+        const int in_block = step & (p_.tiles_per_block - 1);
+        if (in_block == 0) block = walk.block(step / p_.tiles_per_block, blocks);
+        parts[0] = (block + 1) * p_.tiles_per_block - 1 - in_block;
       } else {
         PROXYATTN_UNROLL
         for (int i = 0; i < Traits::kParts; ++i) {
+          const int place_in_list = step * Traits::kParts + i;
           parts[i] = place_in_list < blocks ? walk.block(place_in_list, blocks) : kNoPart;
-          ++place_in_list;
         }
       }
-      load_key(place, parts);
-      if (step > 0) load_value(place, previous);
-      PROXYATTN_UNROLL
-      for (int i = 0; i < Traits::kParts; ++i) previous[i] = parts[i];
+      const int page_before = page;
+      if (place.is_paged()) page = place.page(first_key(parts));
+      load_key(place, parts, page);
+      if (step > 0) load_value(place, key_parts_before(2), page_before);
     }
-    if (steps > 0) load_value(place, previous);
+    if (steps > 0) load_value(place, key_parts_before(1), page);
   }
 
-  PROXYATTN_DEVICE void load_key(const Place& place, const Parts& parts) {
+  // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet.
+  PROXYATTN_DEVICE const Parts& key_parts_before(int tiles) const {
+    const int slot = key_.slot - tiles;
+    return shared_.key_parts[slot < 0 ? slot + Traits::kKeyStages : slot];
+  }
+
+  PROXYATTN_DEVICE void load_key(const KeyPlace& place, const Parts& parts, int page) {
     uint64_t* full = &shared_.key_barriers.full[key_.slot];
     wait(&shared_.key_barriers.empty[key_.slot], key_.phase, ptx::WaitSite::kProducerKey);
+    uint8_t* slot = shared_.key[key_.slot];
     if (leads_warp()) {
       // The arrival below orders these stores before the consumers' reads.
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = parts[i];
       expect(full, parts);
+    }
+    if (place.is_paged()) {
+      __syncwarp();  // bytes are announced before any arrive
+      load_page_box(slot, Traits::kPartBoxBytes, Traits::kKeyBoxBytes, &p_.k_map, full, place,
+                    parts, page);
+    } else if (leads_warp()) {
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
         if (parts[i] == kNoPart) continue;
         // One box at a time where parts share boxes.
         PROXYATTN_UNROLL
         for (int box = 0; box < (Traits::kParts == 1 ? 1 : Traits::kBoxes); ++box) {
-          load_rows(shared_.key[key_.slot] + box * Traits::kKeyBoxBytes + i * Traits::kPartBoxBytes,
-                    &p_.k_map, full, place, parts[i], box);
+          load_part(slot + box * Traits::kKeyBoxBytes + i * Traits::kPartBoxBytes, &p_.k_map, full,
+                    place, parts[i], box);
         }
       }
     }
     key_.next();
   }
 
-  PROXYATTN_DEVICE void load_value(const Place& place, const Parts& parts) {
+  PROXYATTN_DEVICE void load_value(const KeyPlace& place, const Parts& parts, int page) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     wait(&shared_.value_barriers.empty[value_.slot], value_.phase, ptx::WaitSite::kProducerValue);
-    if (leads_warp()) {
-      expect(full, parts);
+    uint8_t* slot = shared_.value[value_.slot];
+    if (leads_warp()) expect(full, parts);
+    int tail = -1;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kParts; ++i) {
+      if (place.template has_tail<Traits::kPartRows>(parts[i])) tail = i;
+    }
+    if (place.is_paged() || tail >= 0) __syncwarp();  // bytes are announced before any arrive
+    if (tail >= 0) load_tail(slot + tail * Traits::kPartBytes, full, place, parts[tail]);
+    if (place.is_paged()) {
+      load_page_box(slot, Traits::kPartBytes, Traits::kPartBoxBytes, &p_.v_map, full, place, parts,
+                    page, tail);
+    } else if (leads_warp()) {
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
-        if (parts[i] == kNoPart) continue;
-        load_rows(shared_.value[value_.slot] + i * Traits::kPartBytes, &p_.v_map, full, place,
-                  parts[i], 0);
+        if (parts[i] == kNoPart || i == tail) continue;
+        load_part(slot + i * Traits::kPartBytes, &p_.v_map, full, place, parts[i], 0);
       }
     }
     value_.next();
@@ -131,15 +148,63 @@ class Producer {
     for (int i = 0; i < Traits::kParts; ++i) loads += parts[i] != kNoPart;
     ptx::mbarrier_arrive_expect(full, loads * Traits::kPartBytes);
   }
-
-  PROXYATTN_DEVICE void load_rows(uint8_t* shared,
+  PROXYATTN_DEVICE void load_part(uint8_t* shared,
                                   const CUtensorMap* map,
                                   uint64_t* full,
-                                  const Place& place,
+                                  const KeyPlace& place,
                                   int part,
                                   int box) const {
-    ptx::tma_load(shared, map, full, 0, part * Traits::kPartRows, box, place.kv_head, place.batch,
-                  ptx::kEvictNormal);
+    ptx::tma_load(shared, map, full, 0, place.token(part * Traits::kPartRows), box,
+                  place.owner.kv_head, place.owner.batch, ptx::kEvictNormal);
+  }
+
+  // The boxes of a tile in pages are numbered by part, then by page, then by column: one a lane.
+  PROXYATTN_DEVICE int lane_row() const {
+    return (warp_lane() / Traits::kBoxes << p_.pages.load_rows_log2) % Traits::kPartRows;
+  }
+  PROXYATTN_DEVICE int lane_part() const {
+    return (warp_lane() / Traits::kBoxes << p_.pages.load_rows_log2) / Traits::kPartRows;
+  }
+  PROXYATTN_DEVICE int first_key(const Parts& parts) const {
+    const int part = Traits::kParts == 1 || lane_part() == 0 ? parts[0] : parts[Traits::kParts - 1];
+    return part * Traits::kPartRows + lane_row();
+  }
+
+  PROXYATTN_DEVICE void load_page_box(uint8_t* slot,
+                                      int part_bytes,
+                                      int box_bytes,
+                                      const CUtensorMap* map,
+                                      uint64_t* full,
+                                      const KeyPlace& place,
+                                      const Parts& parts,
+                                      int page,
+                                      int left_out = -1) const {
+    const int part = lane_part();
+    if (part >= Traits::kParts || part == left_out) return;
+    if (Traits::kParts > 1 && part > 0 && parts[Traits::kParts - 1] == kNoPart) return;
+    const int box = warp_lane() % Traits::kBoxes;
+    ptx::tma_load(slot + part * part_bytes + box * box_bytes + lane_row() * Traits::kBoxRowBytes,
+                  map, full, 0, place.token_in_page(first_key(parts)), box, place.owner.kv_head,
+                  page, ptx::kEvictNormal);
+  }
+
+  // Values row by row: those of keys, and zeros for the rows behind them.
+  PROXYATTN_DEVICE void load_tail(uint8_t* shared,
+                                  uint64_t* full,
+                                  const KeyPlace& place,
+                                  int part) const {
+    PROXYATTN_NO_UNROLL
+    for (int row = warp_lane(); row < Traits::kPartRows; row += kWarpLanes) {
+      const int key = part * Traits::kPartRows + row;
+      const int batch = place.is_paged() ? place.page(key) : place.owner.batch;
+      const int token = place.is_paged() ? place.token_in_page(key) : place.token(key);
+      PROXYATTN_NO_UNROLL
+      for (int box = 0; box < Traits::kBoxes; ++box) {
+        ptx::tma_load(shared + box * Traits::kPartBoxBytes + row * Traits::kBoxRowBytes,
+                      &p_.v_row_map, full, 0, token, box, place.owner.kv_head, batch,
+                      ptx::kEvictNormal);
+      }
+    }
   }
 
   const Problem& p_;

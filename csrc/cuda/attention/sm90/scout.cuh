@@ -12,6 +12,7 @@
 #include "cuda/attention/sm90/problem.h"
 #include "cuda/attention/sm90/shared_storage.cuh"
 #include "cuda/attention/sm90/tile_order.h"
+#include "cuda/attention/sm90/tile_walk.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/mbarrier.cuh"
@@ -28,8 +29,11 @@ class Scout {
   }
 
   PROXYATTN_DEVICE void run() {
-    for (int tile = blockIdx.x * Traits::kTeams + team_; tile < p_.tiles.num_tiles;) {
-      const TilePlace place(p_.tiles, tile);
+    TileWalk walk(p_);
+    for (int tile = blockIdx.x * Traits::kTeams + team_; walk.advance_to(tile);) {
+      if (leads_warp()) shared_.sequence = walk.sequence();
+      __syncwarp();  // the sequence is written
+      const TilePlace place = walk.place(sequence().kv_len, tile);
       HeadBlocks heads[2];
       give_order(place, heads);
       load_query(place, heads);
@@ -45,6 +49,9 @@ class Scout {
   }
 
  private:
+  // Of the tile; in shared memory, as a scout has few registers.
+  PROXYATTN_DEVICE const Sequence& sequence() const { return shared_.sequence; }
+
   PROXYATTN_DEVICE void wait_query_slot() const {
     if (leads_warp()) {
       ptx::mbarrier_wait(&shared_.query_barriers.empty[query_.slot], query_.phase,
@@ -55,23 +62,25 @@ class Scout {
 
   // Key blocks that any row of the query block sees.
   PROXYATTN_DEVICE int visible_blocks(int row) const {
-    if (!p_.causal) return p_.num_kv_blocks;
-    const int last_position = p_.q_offset + min((row + 1) * Traits::kBlockRows, p_.q_len) - 1;
-    return min(last_position / p_.kv_block + 1, p_.num_kv_blocks);
+    const int end = min((row + 1) * Traits::kBlockRows, sequence().q_len);
+    const int keys =
+        p_.causal ? min(sequence().offset + end, sequence().kv_len) : sequence().kv_len;
+    return ceil_div(max(keys, 0), p_.kv_block);
   }
 
   PROXYATTN_DEVICE void give_order(const TilePlace& place, HeadBlocks (&heads)[2]) {
     const int visible = visible_blocks(place.row);
-    const int32_t* list =
-        p_.indices == nullptr ? nullptr : p_.indices + place.list_idx(p_.tiles) * p_.list_capacity;
+    const int64_t list_row = sequence().first_q_block + place.row;
+    const int32_t* list = nullptr;
+    if (p_.indices != nullptr) {
+      list = p_.indices + (place.list_idx(p_.tiles) * p_.list_rows + list_row) * p_.list_capacity;
+    }
     int blocks = visible;  // lane i: of head i of those that may be in the tile
     int entry = 0;
     if (list != nullptr) {
-      // Fits 32 bits: lanes are few, and rows no more than tokens.
+      const int64_t head = place.head_idx(p_.tiles) + warp_lane();
       const int count =
-          warp_lane() < p_.tiles.pair_group
-              ? __ldg(p_.counts + place.count_idx(p_.tiles) + warp_lane() * p_.tiles.num_rows)
-              : 0;
+          warp_lane() < p_.tiles.pair_group ? __ldg(p_.counts + head * p_.list_rows + list_row) : 0;
       entry = BlockWalk::load_entry(p_, list, warp_lane());
       blocks = min(max(count, 0), p_.list_capacity);
     }
@@ -84,8 +93,9 @@ class Scout {
     order.entries[warp_lane()] = entry;
     if (leads_warp()) {
       order.blocks = heads[0].blocks;
-      order.batch = place.batch;
-      order.kv_head = place.kv_head;
+      order.owner = KeyOwner{p_.pages.table == nullptr ? place.batch : sequence().idx,
+                             place.kv_head, sequence().kv_start, sequence().kv_len,
+                             ceil_div(sequence().kv_len, p_.kv_block)};
       order.list = list;
     }
     pass_order();
@@ -116,6 +126,11 @@ class Scout {
   PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     wait_query_slot();
     if (leads_warp()) {
+      const int first_query = place.row * Traits::kBlockRows;
+      const int token = sequence().q_start + first_query;
+      shared_.rows[query_.slot] = BlockRows{
+          min(Traits::kBlockRows, sequence().q_len - first_query),
+          p_.causal ? sequence().offset + first_query + 1 : sequence().kv_len, sequence().kv_len};
       const int steps = steps_of<Traits>(p_, heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {
@@ -123,14 +138,16 @@ class Scout {
         const int odd = Traits::kParts > 1 ? h.blocks % Traits::kParts : 0;
         const int mine = steps_of<Traits>(p_, h.blocks);
         shared_.tiles[query_.slot][group] =
-            TileInfo{place.row, h.head, place.batch, mine, odd, steps - mine};
+            TileInfo{token, h.head, place.batch, mine, odd, steps - mine};
       }
-      copy_query(place, heads);
+      copy_query(place, token, heads);
     }
     query_.next();
   }
 
-  PROXYATTN_DEVICE void copy_query(const TilePlace& place, const HeadBlocks (&heads)[2]) const {
+  PROXYATTN_DEVICE void copy_query(const TilePlace& place,
+                                   int token,
+                                   const HeadBlocks (&heads)[2]) const {
     uint64_t* full = &shared_.query_barriers.full[query_.slot];
     int loads = 0;
     PROXYATTN_UNROLL
@@ -140,9 +157,8 @@ class Scout {
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kHeads; ++i) {
       if (heads[i].blocks == 0) continue;
-      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kHeadBytes, &p_.q_map, full, 0,
-                    place.row * Traits::kBlockRows, 0, heads[i].head, place.batch,
-                    ptx::kEvictFirst);
+      ptx::tma_load(shared_.query[query_.slot] + i * Traits::kHeadBytes, &p_.q_map, full, 0, token,
+                    0, heads[i].head, place.batch, ptx::kEvictFirst);
     }
   }
 

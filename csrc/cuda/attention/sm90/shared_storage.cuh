@@ -13,7 +13,7 @@ namespace proxyattn::cuda::sm90 {
 
 // What the scout tells a consumer warpgroup about its rows of a query tile.
 struct TileInfo {
-  int row;    // query block
+  int token;  // first one of the query block, in q, out and lse
   int head;   // query head; kNoHead: the rows are nobody's
   int batch;  // batch entry
   int steps;  // key tiles to visit; 0: nothing to see, kNoMoreTiles: leave
@@ -24,12 +24,27 @@ inline constexpr int kNoMoreTiles = -1;
 
 template <typename Traits>
 PROXYATTN_DEVICE TileInfo read_tile_info(const TileInfo& info) {
-  return {read_beside(info.row),
+  return {read_beside(info.token),
           read_beside(info.head),
           read_beside(info.batch),
           read_beside(info.steps),
           Traits::kParts > 1 ? read_beside(info.odd) : 0,
           Traits::kHeads > 1 ? read_beside(info.skip) : 0};
+}
+
+// Which rows of a query tile exist and what they see. Read when it is wanted, in tiles that are
+// masked and at the end, so that it takes no registers in between.
+struct BlockRows {
+  int count;
+  int first_limit;  // causal: position of row 0, plus one; otherwise kv_len
+  int kv_len;
+
+  // Row r sees keys [0, limit(r)).
+  PROXYATTN_DEVICE int limit(int row) const { return min(kv_len, first_limit + row); }
+};
+
+PROXYATTN_DEVICE BlockRows read_rows(const BlockRows& rows) {
+  return {read_beside(rows.count), read_beside(rows.first_limit), read_beside(rows.kv_len)};
 }
 
 // Where a key tile comes from: a part is kPartRows keys, numbered from the first of the sequence.
@@ -47,7 +62,10 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kValueStages> value_barriers;
   RingBarriers<1> order_barriers;
   KeyOrder order;
+  KeyOwner owner;     // of the order that the producer works on
+  Sequence sequence;  // of the tile that the scout works on
   TileInfo tiles[Traits::kQueryStages][kTeamGroups];
+  BlockRows rows[Traits::kQueryStages];
   TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds
 };
 

@@ -14,11 +14,12 @@
 #include "common/sharing.h"
 #include "cuda/attention/schedule.h"
 #include "cuda/attention/sm90/config.h"
+#include "cuda/attention/sm90/layout.h"
 
 namespace proxyattn::cuda::sm90 {
 
 struct TileOrder {
-  int num_tiles;
+  int num_tiles;  // of packed sequences at most so many
   int num_rows;   // query blocks of this call
   int row_begin;  // the first of them
   int q_heads;
@@ -27,7 +28,7 @@ struct TileOrder {
   int pair_group;        // heads of a kv head that share a list; 1 if teams work on one head
   int group_pairs;       // query tiles of such a group
   int tiles_per_kv_row;  // query tiles of a kv head and query block
-  int num_kv;            // kv heads of all batch entries
+  int num_kv;            // kv heads of all batch entries; of each packed sequence
   int section_kv;        // of them, that the cache holds together
   int list_heads;
   int heads_per_list;
@@ -53,7 +54,7 @@ inline TileOrder make_tile_order(const AttentionParams& a, int tile_heads, int64
   t.pair_group = tile_heads == 1 ? 1 : static_cast<int>(pair_group(a));
   t.group_pairs = ceil_div(t.pair_group, tile_heads);
   t.tiles_per_kv_row = t.heads_per_kv / t.pair_group * t.group_pairs;
-  t.num_kv = static_cast<int>(a.batch) * t.kv_heads;
+  t.num_kv = static_cast<int>(batch_entries(a)) * t.kv_heads;
   t.section_kv = static_cast<int>(kv_pairs_in_section(a, section_bytes));
   t.num_tiles = t.num_kv * t.tiles_per_kv_row * t.num_rows;
   t.list_heads = static_cast<int>(a.list_heads);
@@ -83,16 +84,12 @@ struct TilePlace {
     head = kv_head * t.heads_per_kv + place / t.group_pairs * t.pair_group;
   }
 
-  // Of the query block in counts [batch, q_heads, num_rows]; the group's other heads follow,
-  // num_rows apart.
-  PROXYATTN_HOST_DEVICE int64_t count_idx(const TileOrder& t) const {
-    return (static_cast<int64_t>(batch) * t.q_heads + head) * t.num_rows + row - t.row_begin;
+  // Of all heads of all batch entries, and of all their lists.
+  PROXYATTN_HOST_DEVICE int64_t head_idx(const TileOrder& t) const {
+    return static_cast<int64_t>(batch) * t.q_heads + head;
   }
-
-  // Of the query block in lists [batch, list_heads, num_rows].
   PROXYATTN_HOST_DEVICE int64_t list_idx(const TileOrder& t) const {
-    const int64_t list_head = static_cast<int64_t>(batch) * t.list_heads + head / t.heads_per_list;
-    return list_head * t.num_rows + row - t.row_begin;
+    return static_cast<int64_t>(batch) * t.list_heads + head / t.heads_per_list;
   }
 };
 
