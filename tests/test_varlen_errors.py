@@ -18,7 +18,7 @@ def good_arguments(op, device, page=None):
 
 @dataclass(frozen=True)
 class Bad:
-    """Arguments to replace, of a call with pages or without: values, or functions of the good one."""
+    """Arguments to replace, with pages or without: values, or functions of the good one."""
 
     changes: dict
     error: type

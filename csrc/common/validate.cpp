@@ -220,7 +220,8 @@ void validate_attention(const AttentionParams& p, const char* op) {
   PROXYATTN_CHECK(p.list_heads >= 1 && p.q_heads % p.list_heads == 0, op,
                   ": indices must hold lists for a number of heads that divides q_heads, got "
                   "indices.size(",
-                  p.packed.q_starts == nullptr ? 1 : 0, ")=", p.list_heads, ", q_heads=", p.q_heads);
+                  p.packed.q_starts == nullptr ? 1 : 0, ")=", p.list_heads,
+                  ", q_heads=", p.q_heads);
 }
 
 void validate_pipeline(const PipelineParams& p, const char* op) {
