@@ -219,8 +219,9 @@ void validate_attention(const AttentionParams& p, const char* op) {
   check_list_rows(op, p.list_rows, p.rows);
   PROXYATTN_CHECK(p.list_heads >= 1 && p.q_heads % p.list_heads == 0, op,
                   ": indices must hold lists for a number of heads that divides q_heads, got "
-                  "indices.size(1)=",
-                  p.list_heads, ", q_heads=", p.q_heads);
+                  "indices.size(",
+                  p.packed.q_starts == nullptr ? 1 : 0, ")=", p.list_heads,
+                  ", q_heads=", p.q_heads);
 }
 
 void validate_pipeline(const PipelineParams& p, const char* op) {
