@@ -1,0 +1,29 @@
+// Packed sequences in the params of any stage, and their table as the device reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "proxyattn/sequences.h"
+
+#include "common/sequence.h"
+
+namespace proxyattn::cuda {
+
+template <typename Params>
+bool is_packed(const Params& p) {
+  return p.packed.q_starts != nullptr;
+}
+
+// Stages are handed a table that is made. Without packed sequences: of none.
+template <typename Params>
+SequenceTable packed_table(const Params& p) {
+  if (!is_packed(p)) return {};
+  SequenceParams made_of{};
+  made_of.count = p.batch;
+  made_of.q_block = p.q_block;
+  made_of.stride = p.packed.table_stride;
+  made_of.packed = p.packed;
+  return SequenceTable(p.packed.table, made_of);
+}
+
+}  // namespace proxyattn::cuda
