@@ -1,9 +1,12 @@
-// How the CUDA kernels find things of packed sequences: windows of the proxies, and keys in pages.
+// How the CUDA kernels find things of packed sequences: windows of the proxies, keys in pages, and
+// the rows that a class of the selector takes.
 #include <cstdint>
 #include <vector>
 
 #include "check.h"
+#include "common/block_grid.h"
 #include "cuda/pool/windows.h"
+#include "cuda/select/rows.h"
 #include "cuda/sequences/page_table.h"
 #include "sequences.h"
 
@@ -114,6 +117,110 @@ TEST(keys_in_pages) {
   CHECK_EQ(windows.of_keys(9).first.token, int64_t{4});
   CHECK(!windows.of_keys(128 + 4).first.exists());
   CHECK_EQ(windows.of_keys(128 + 4).num_tokens, 4);  // there is such a window, of zeros
+}
+
+SelectArgs make_select_args(const PackedTable& packed, int64_t num_lists, int64_t list_heads) {
+  static float scores[1];
+  static int32_t lists[1];
+  const SequenceParams& p = packed.params;
+  SelectArgs args{};
+  args.grid = {p.max_q_len, p.max_kv_len, p.q_block, p.kv_block, 0, true};
+  args.packed = packed.table;
+  args.num_sink_blocks = 1;
+  args.num_local_blocks = 1;
+  args.num_lists = num_lists;
+  args.scores = args.lists = {0, packed.table.max_q_blocks};
+  args.num_blocks = args.list_capacity = args.grid.num_kv_blocks();
+  args.list_heads = list_heads;
+  args.peak = args.mass = scores;
+  args.indices = args.counts = lists;
+  return args;
+}
+
+// The same query block in a call of its sequence alone.
+BlockGrid own_grid(const PackedTable& packed, const Sequence& s) {
+  return {s.q_len, s.kv_len, packed.params.q_block, packed.params.kv_block, s.kv_len - s.q_len,
+          true};
+}
+
+TEST(a_packed_row_is_that_of_its_sequence_alone) {
+  const PackedTable packed(mixed_lengths(), 64, 128, 4, 1000);
+  constexpr int64_t kLists = 3;
+  constexpr int64_t kListHeads = 2;
+  const SelectArgs args = make_select_args(packed, kLists, kListHeads);
+  for (int32_t i = 0; i < packed.table.count; ++i) {
+    const Sequence& s = packed.table.sequences[i];
+    const BlockGrid grid = own_grid(packed, s);
+    for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
+      const int64_t block = s.first_q_block + m;
+      for (int64_t list = 0; list < kLists; ++list) {
+        const Row row(args, list, block);
+        const ForcedBlocks forced(grid, m, 1, 1);
+        CHECK_EQ(int64_t{row.visible}, grid.visible(m));
+        CHECK_EQ(row.forced.local_begin, forced.local_begin);
+        CHECK_EQ(int64_t{row.num_forced}, forced.count());
+        CHECK_EQ(row.first_need, (i * kLists + list) * kListHeads);
+        const int64_t place = list * args.scores.count + block;
+        CHECK_EQ(row.peak - args.peak, place * args.num_blocks);
+        CHECK_EQ(row.mass - args.mass, place * args.num_blocks);
+        CHECK_EQ(row.ranking - args.indices, place * args.list_capacity);
+        CHECK_EQ(row.counts - args.counts, list * kListHeads * args.lists.count + block);
+        CHECK_EQ(int64_t{row.list_end}, args.list_capacity);
+      }
+    }
+  }
+}
+
+TEST(a_class_takes_the_rows_of_its_size) {
+  for (const int64_t spare : {0, 1000}) {
+    const PackedTable packed(mixed_lengths(), 64, 64, 4, spare);
+    const SelectArgs args = make_select_args(packed, 2, 1);
+    const int64_t num_units = args.scores.count * args.num_lists;
+    std::vector<int> times(static_cast<std::size_t>(num_units));
+    int too_short = -1;
+    for (const int capacity : {1, 4, 64, 128}) {
+      const RowClass rows{0, too_short, capacity};
+      for (int64_t i = 0; i < num_units; ++i) {
+        const RowClass::Unit unit = rows.unit(args, i);
+        const RowClass::Match match = rows.match(args, unit.block);
+        const bool exists = packed.table.block_sequence[unit.block] < packed.table.count;
+        CHECK_EQ(match == RowClass::Match::kNoneLeft, !exists);
+        if (match != RowClass::Match::kYes) continue;
+        const int visible = Row(args, unit.list, unit.block).visible;
+        CHECK(too_short < visible && visible <= capacity);
+        ++times[static_cast<std::size_t>(unit.list * args.scores.count + unit.block)];
+      }
+      CHECK(rows.match(args, rows.unit(args, num_units).block) == RowClass::Match::kNoneLeft);
+      too_short = capacity;
+    }
+    for (std::size_t i = 0; i < times.size(); ++i) {
+      const auto block = static_cast<int64_t>(i) % args.scores.count;
+      const bool exists = packed.table.block_sequence[block] < packed.table.count;
+      CHECK_EQ(times[i], exists ? 1 : 0);
+    }
+  }
+}
+
+TEST(lists_that_stay_inside_end_where_readers_do) {
+  const PackedTable packed({{64, 64}, {64, 64 * 40}, {1, 64 * 100}}, 64, 64, 4);
+  SelectArgs args = make_select_args(packed, 1, 1);
+  args.only_prefixes = true;
+  CHECK_EQ(Row(args, 0, 0).list_end, 32);
+  CHECK_EQ(Row(args, 0, 1).list_end, 64);
+  CHECK_EQ(Row(args, 0, 2).list_end, 100);
+}
+
+TEST(rows_of_a_batch_go_down_from_the_end) {
+  SelectArgs args{};
+  args.grid = {640, 640, 64, 64, 0, true};
+  args.num_lists = 3;
+  args.scores = {4, 6};
+  const RowClass rows{9, 0, 0};
+  CHECK_EQ(rows.unit(args, 0).block, int64_t{8});
+  CHECK_EQ(rows.unit(args, 2).block, int64_t{8});
+  CHECK_EQ(rows.unit(args, 2).list, int64_t{2});
+  CHECK_EQ(rows.unit(args, 3).block, int64_t{7});
+  CHECK_EQ(Row(args, 1, 7).visible, 8);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "proxyattn/sequences.h"
 
+#include "common/block_grid.h"
 #include "common/sequence.h"
 
 namespace proxyattn::cuda {
@@ -24,6 +25,14 @@ SequenceTable packed_table(const Params& p) {
   made_of.stride = p.packed.table_stride;
   made_of.packed = p.packed;
   return SequenceTable(p.packed.table, made_of);
+}
+
+// The blocks of one sequence of a call, numbered as those of a call of its own.
+PROXYATTN_HOST_DEVICE BlockGrid sequence_grid(BlockGrid call, const Sequence& sequence) {
+  call.q_len = sequence.q_len;
+  call.kv_len = sequence.kv_len;
+  call.q_offset = sequence.offset;
+  return call;
 }
 
 }  // namespace proxyattn::cuda
