@@ -1,10 +1,14 @@
-// How the CUDA kernels find things of packed sequences: windows of the proxies, keys in pages, and
-// the rows that a class of the selector takes.
+// How the CUDA kernels find things of packed sequences: windows of the proxies, keys in pages, the
+// rows that a class of the selector takes, and blocks in the scratch of estimate_needs.
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "check.h"
 #include "common/block_grid.h"
+#include "cuda/needs/layout.h"
+#include "cuda/needs/problem.h"
 #include "cuda/pool/windows.h"
 #include "cuda/select/rows.h"
 #include "cuda/sequences/page_table.h"
@@ -221,6 +225,122 @@ TEST(rows_of_a_batch_go_down_from_the_end) {
   CHECK_EQ(rows.unit(args, 2).list, int64_t{2});
   CHECK_EQ(rows.unit(args, 3).block, int64_t{7});
   CHECK_EQ(Row(args, 1, 7).visible, 8);
+}
+
+// Each block of each sequence lies in one run, which belongs to that sequence.
+template <int32_t Sequence::* kFirstBlock, typename Count>
+void check_runs(const PackedTable& packed, int64_t max_blocks, const Count& count_blocks) {
+  for (const int32_t run_blocks : {1, 2, 3, 64}) {
+    const BlockRuns<kFirstBlock> runs{packed.table, run_blocks};
+    const int64_t capacity = runs.capacity(max_blocks, run_blocks, packed.table.count);
+    int32_t behind = 0;  // the runs so far
+    for (int32_t i = 0; i < packed.table.count; ++i) {
+      const Sequence& s = packed.table.sequences[i];
+      CHECK(runs.first_run(s) >= behind);
+      const int64_t blocks = count_blocks(s);
+      behind = runs.first_run(s) + static_cast<int32_t>(ceil_div<int64_t>(blocks, run_blocks));
+      for (int32_t run = runs.first_run(s); run < behind; ++run) {
+        CHECK_EQ(runs.owner(run).idx, i);
+      }
+    }
+    CHECK(behind <= capacity);
+    CHECK(runs.owner(static_cast<int32_t>(capacity) + 5).idx < packed.table.count);
+  }
+}
+
+TEST(runs_of_blocks_are_of_one_sequence) {
+  const PackedTable packed(mixed_lengths(), 64, 128, 4);
+  check_runs<&Sequence::first_q_block>(packed, packed.table.max_q_blocks,
+                                       [&](const Sequence& s) { return ceil_div(s.q_len, 64); });
+  const int64_t max_kv_blocks = packed.params.packed.max_total_kv / 128 + packed.table.count;
+  check_runs<&Sequence::first_kv_block>(packed, max_kv_blocks,
+                                        [&](const Sequence& s) { return ceil_div(s.kv_len, 128); });
+}
+
+NeedParams make_need_params(const PackedTable& packed) {
+  static const int32_t some_start = 0;
+  NeedParams p{};
+  p.batch = packed.params.count;
+  p.q_len = packed.params.max_q_len;
+  p.kv_len = packed.params.max_kv_len;
+  p.q_heads = 4;
+  p.kv_heads = 2;
+  p.head_dim = 64;
+  p.q_block = packed.params.q_block;
+  p.kv_block = packed.params.kv_block;
+  p.packed = packed.params.packed;
+  p.packed.q_starts = &some_start;
+  p.causal = true;
+  return p;
+}
+
+TEST(needs_keep_the_key_blocks_of_sequences_apart) {
+  for (const int64_t spare : {0, 3000}) {
+    const PackedTable packed(mixed_lengths(), 64, 64, 4, spare);
+    const NeedParams params = make_need_params(packed);
+    const NeedLayout layout(params);
+    std::vector<int> times(static_cast<std::size_t>(layout.num_kv_blocks));
+    for (int64_t part = 0; part < layout.num_parts; ++part) {
+      const NeedSpan span = layout.span_of_part(part);
+      const int64_t own = part - span.first_part;
+      if (own >= span.num_parts) continue;
+      const int64_t end = std::min<int64_t>((own + 1) * kBlocksPerPart, span.num_blocks);
+      for (int64_t n = own * kBlocksPerPart; n < end; ++n) {
+        ++times[static_cast<std::size_t>(span.first_block + n)];
+      }
+    }
+    int64_t counted = 0;
+    for (const int count : times) counted += count;
+    for (int32_t i = 0; i < packed.table.count; ++i) {
+      const Sequence& s = packed.table.sequences[i];
+      const HeadMass masses = layout.head_mass(i * layout.q_heads + 3);
+      CHECK_EQ(masses.num_blocks, s.q_len == 0 ? 0 : ceil_div(s.kv_len, 64));
+      CHECK_EQ(masses.blocks - layout.mass, 3 * layout.num_kv_blocks + s.first_kv_block);
+      for (int n = 0; n < masses.num_blocks; ++n, --counted) {
+        CHECK_EQ(times[static_cast<std::size_t>(s.first_kv_block + n)], 1);
+      }
+    }
+    CHECK_EQ(counted, int64_t{0});
+  }
+}
+
+TEST(needs_of_a_batch_have_rows_of_their_own) {
+  NeedParams p{};
+  p.batch = 2;
+  p.q_len = 40;
+  p.kv_len = 5000;
+  p.q_heads = 3;
+  p.q_block = p.kv_block = 64;
+  const NeedLayout layout(p);
+  CHECK_EQ(layout.heads, int64_t{6});
+  CHECK_EQ(layout.num_kv_blocks, int64_t{79});
+  CHECK_EQ(layout.span_of_part(1).num_parts, 2);
+  CHECK_EQ(layout.span_of_part(1).rows, 40);
+  CHECK_EQ(layout.head_mass(4).blocks - layout.mass, 4 * 79);
+  CHECK_EQ(layout.head_mass(4).num_blocks, 79);
+}
+
+TEST(chunks_of_keys_name_their_last_queries) {
+  const PackedTable packed({{70, 2000}, {0, 500}, {30, 10}}, 64, 64, 4);
+  NeedProblem problem{};
+  problem.packed_chunks = {packed.table, 16};
+  problem.q_block = problem.kv_block = 64;
+  problem.entry.causal = true;
+  const NeedSource first = problem.source(1);
+  CHECK_EQ(first.first_query, int64_t{6});
+  CHECK_EQ(first.position, int64_t{1936});
+  CHECK_EQ(first.rows, 64);
+  CHECK_EQ(first.first_chunk, 0);
+  CHECK_EQ(first.visible_keys(63), 2000);
+  CHECK_EQ(first.visible_keys(64), 0);
+  CHECK_EQ(problem.source(3).num_keys, 0);  // nobody looks at them
+  const NeedSource last = problem.source(4);
+  CHECK_EQ(last.first_query, int64_t{70});
+  CHECK_EQ(last.first_key, int64_t{2500});
+  CHECK_EQ(last.first_block, 40);
+  CHECK_EQ(last.first_chunk, 4);
+  CHECK_EQ(last.visible_keys(19), 0);  // a query before key 0
+  CHECK_EQ(last.visible_keys(20), 1);
 }
 
 }  // namespace

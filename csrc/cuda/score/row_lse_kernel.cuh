@@ -22,7 +22,7 @@ struct ScoreTile {
   static_assert(kScoreTileRows == Traits::kTileRows);
 
   RowSource<Element> halves[2];
-  KeySource<Element> keys;
+  KeyRows<Element> keys;
   int first_key;
   int end_key;
   int unmasked_keys;

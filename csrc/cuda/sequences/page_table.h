@@ -21,6 +21,8 @@ struct TokenPlace {
 };
 
 struct PageTable {
+  static constexpr int32_t kNoPage = static_cast<int32_t>(TokenPlace::kNowhere);
+
   const int32_t* pages = nullptr;  // [sequences, row_pages]; null: keys follow one another
   int64_t row_pages = 0;
   int32_t num_pages = 0;
@@ -34,15 +36,21 @@ struct PageTable {
     while (packed.page_len >> page_shift > 1) ++page_shift;
   }
 
-  PROXYATTN_HOST_DEVICE int32_t page_tokens() const { return int32_t{1} << page_shift; }
+  PROXYATTN_HOST_DEVICE int32_t token_in_page(int32_t key) const {
+    return key & ((int32_t{1} << page_shift) - 1);
+  }
 
-  // Of a key of the sequence, and of what follows it in its page. What pages a table names is not
-  // to be trusted, unlike lengths, which have been cut to what it holds.
+  // The page with a key of a sequence. What pages a table names is not to be trusted, unlike
+  // lengths, which have been cut to what it holds.
+  PROXYATTN_HOST_DEVICE int32_t page(int32_t sequence, int32_t key) const {
+    const int32_t page = pages[sequence * row_pages + (key >> page_shift)];
+    return static_cast<uint32_t>(page) < static_cast<uint32_t>(num_pages) ? page : kNoPage;
+  }
+
+  // Of a key, and of those that follow it in its page.
   PROXYATTN_HOST_DEVICE TokenPlace place(const Sequence& sequence, int32_t key) const {
     if (pages == nullptr) return {0, int64_t{sequence.kv_start} + key};
-    const int32_t page = pages[sequence.idx * row_pages + (key >> page_shift)];
-    const bool is_page = static_cast<uint32_t>(page) < static_cast<uint32_t>(num_pages);
-    return {is_page ? page : TokenPlace::kNowhere, key & (page_tokens() - 1)};
+    return {page(sequence.idx, key), token_in_page(key)};
   }
 };
 
