@@ -7,6 +7,7 @@
 
 #include "cuda/common/macros.cuh"
 #include "cuda/common/tile.cuh"
+#include "cuda/common/warp.cuh"
 #include "cuda/sequences/page_table.h"
 
 namespace proxyattn::cuda {
@@ -30,6 +31,7 @@ struct KeyRows {
 template <typename Element>
 struct PagedKeyRows {
   static constexpr int kPartRows = 16;  // of the smallest page
+  static_assert(PageTable::kNoPage < 0);
 
   KeyRows<Element> page0;  // its tokens
   int64_t page_stride;
@@ -38,24 +40,32 @@ struct PagedKeyRows {
 
   template <typename Loader>
   PROXYATTN_DEVICE void load(uint32_t tile, int first_key, int thread) const {
-    using Part = typename Loader::template Part<kPartRows>;
     constexpr int kParts = Loader::kTileRows / kPartRows;
-    // Before the first copy: each of these reads takes as long as all.
-    int pages[kParts];
-    PROXYATTN_UNROLL
-    for (int i = 0; i < kParts; ++i) {
-      const int key = first_key + i * kPartRows;
-      pages[i] = key < page0.count ? table.page(sequence, key) : PageTable::kNoPage;
+    static_assert(kParts <= kWarpLanes);
+    // Each lane reads the page of a part, all at once.
+    const int key = first_key + thread % kParts * kPartRows;
+    const int page = key < page0.count ? table.page(sequence, key) : PageTable::kNoPage;
+    if (page0.aligned) {
+      PROXYATTN_UNROLL
+      for (int i = 0; i < kParts; ++i) load_part<Loader, true>(tile, first_key, i, page, thread);
+    } else {
+      PROXYATTN_NO_UNROLL
+      for (int i = 0; i < kParts; ++i) load_part<Loader, false>(tile, first_key, i, page, thread);
     }
-    PROXYATTN_UNROLL
-    for (int i = 0; i < kParts; ++i) {
-      const int key = first_key + i * kPartRows;
-      const bool exists = pages[i] != PageTable::kNoPage;
-      const Element* source = page0.first + (exists ? pages[i] * page_stride : 0) +
-                              table.token_in_page(key) * page0.stride;
-      Part::load(Loader::Tile::moved(tile, i * kPartRows, 0), source, page0.stride,
-                 exists ? page0.count - key : 0, page0.aligned, thread);
-    }
+  }
+
+ private:
+  template <typename Loader, bool kAligned>
+  PROXYATTN_DEVICE void load_part(
+      uint32_t tile, int first_key, int part, int lane_page, int thread) const {
+    const int key = first_key + part * kPartRows;
+    const int page = __shfl_sync(kAllLanes, lane_page, part);
+    const bool exists = page != PageTable::kNoPage;
+    const Element* source =
+        page0.first + max(page, 0) * page_stride + table.token_in_page(key) * page0.stride;
+    Loader::template Part<kPartRows>::load(Loader::Tile::moved(tile, part * kPartRows, 0), source,
+                                           page0.stride, exists ? page0.count - key : 0, kAligned,
+                                           thread);
   }
 };
 
