@@ -17,7 +17,8 @@ struct PoolParams {
   int64_t kv_heads;
   int64_t proxy_heads;  // divides kv_heads, or is a multiple of it that divides q_heads
   int64_t head_dim;
-  int64_t stride;  // tokens of a window; the last one may be short
+  int64_t stride;   // tokens of a window; the last one may be short
+  int64_t q_block;  // packed sequences: proxies of queries are numbered by query blocks
 
   TokenStrides q_strides;
   TokenStrides k_strides;
@@ -26,6 +27,8 @@ struct PoolParams {
 
   const void* q;  // [batch, q_len, q_heads, head_dim]
   const void* k;  // [batch, kv_len, kv_heads, head_dim]
+  // Packed: those of query block m, of all sequences, from row m * (q_block / stride) on, those of
+  // a sequence's keys from its first unit on; rows of no window stay as they are.
   void* q_proxy;  // [batch, ceil(q_len / stride), proxy_heads, head_dim]
   void* k_proxy;  // [batch, ceil(kv_len / stride), key_proxy_heads(), head_dim]
 

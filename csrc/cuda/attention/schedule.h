@@ -10,6 +10,8 @@
 #include "proxyattn/attention.h"
 
 #include "common/math.h"
+#include "common/sequence.h"
+#include "cuda/sequences/packed.h"
 
 namespace proxyattn::cuda {
 
@@ -56,11 +58,53 @@ struct TileSchedule {
   }
 };
 
+// Packed sequences are taken one after another, from the one with the most keys down, each in the
+// order of a schedule of its own.
+struct PackedSchedule {
+  TileSchedule call;  // of a sequence it lacks pairs_in_section, num_tiles and q_len
+  SequenceTable table;
+  uint32_t cached_keys;  // of a head, with their values, that a section may have
+
+  // Of a query block.
+  PROXYATTN_HOST_DEVICE uint32_t block_tiles() const {
+    return call.kv_pairs * call.group_heads * call.tiles_per_block;
+  }
+
+  // Those of as many query blocks as there can be.
+  int64_t num_thread_blocks() const { return int64_t{block_tiles()} * table.max_q_blocks; }
+
+  // Null behind the last tile. `tile` counts the sequence's own query blocks and queries.
+  PROXYATTN_HOST_DEVICE const Sequence* find(uint32_t thread_block, QueryTile& tile) const {
+    const auto block = static_cast<int32_t>(thread_block / block_tiles());
+    if (block >= table.blocks_before[table.count]) return nullptr;
+    int32_t place = 0;  // the last one with no more blocks before it
+    for (int32_t end = table.count; end - place > 1;) {
+      const int32_t middle = (place + end) / 2;
+      (table.blocks_before[middle] <= block ? place : end) = middle;
+    }
+    const Sequence& sequence = table.sequences[table.order[place]];
+    const auto first_block = static_cast<uint32_t>(table.blocks_before[place]);
+    const auto blocks = static_cast<uint32_t>(table.blocks_before[place + 1]) - first_block;
+    TileSchedule own = call;
+    own.num_tiles = blocks * own.tiles_per_block;
+    own.q_len = static_cast<uint32_t>(sequence.q_len);
+    const auto keys = static_cast<uint32_t>(max_of(sequence.kv_len, 1));
+    own.pairs_in_section = max_of(1u, min_of(own.kv_pairs, cached_keys / keys));
+    tile = own.tile(thread_block - first_block * block_tiles());
+    return &sequence;
+  }
+};
+
+// Of a key and its value, of one head.
+inline int64_t key_bytes(const AttentionParams& p) {
+  constexpr int64_t kElementBytes = 2;
+  return 2 * p.head_dim * kElementBytes;
+}
+
 // Key/value heads, of all batch entries, whose keys and values take up to `section_bytes`; at least
 // one.
 inline int64_t kv_pairs_in_section(const AttentionParams& p, int64_t section_bytes) {
-  constexpr int64_t kElementBytes = 2;
-  const int64_t pair_bytes = max_of<int64_t>(1, 2 * p.kv_len * p.head_dim * kElementBytes);
+  const int64_t pair_bytes = max_of<int64_t>(1, p.kv_len * key_bytes(p));
   return min_of(p.batch * p.kv_heads, max_of<int64_t>(1, section_bytes / pair_bytes));
 }
 
@@ -80,6 +124,18 @@ inline TileSchedule make_schedule(const AttentionParams& p,
           narrow(tile_rows),
           narrow(p.rows.begin),
           narrow(p.q_len)};
+}
+
+inline PackedSchedule make_packed_schedule(const AttentionParams& p,
+                                           int64_t tile_rows,
+                                           int64_t section_bytes) {
+  PackedSchedule schedule;
+  AttentionParams one = p;
+  one.batch = 1;
+  schedule.call = make_schedule(one, tile_rows, section_bytes);
+  schedule.table = packed_table(p);
+  schedule.cached_keys = static_cast<uint32_t>(section_bytes / key_bytes(p));
+  return schedule;
 }
 
 }  // namespace proxyattn::cuda

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/key_rows.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
@@ -73,14 +74,6 @@ struct RowSource {
   int valid;
 };
 
-template <typename Element>
-struct KeySource {
-  const Element* first;  // key 0
-  int64_t stride;
-  int count;
-  bool aligned;
-};
-
 template <typename Traits>
 class LogitTiles {
   using Element = typename Traits::Element;
@@ -116,11 +109,9 @@ class LogitTiles {
   }
 
   // Calls consume(logits, first key of the tile) for each tile of keys [begin, end); collective.
-  template <typename Consumer>
-  PROXYATTN_DEVICE void for_each_tile(const KeySource<Element>& keys,
-                                      int begin,
-                                      int end,
-                                      Consumer& consume) {
+  // `keys` are KeyRows or the like.
+  template <typename Keys, typename Consumer>
+  PROXYATTN_DEVICE void for_each_tile(const Keys& keys, int begin, int end, Consumer& consume) {
     constexpr int kAhead = Traits::kSlots - 1;
     const int num_tiles = (end - begin + Traits::kTileKeys - 1) / Traits::kTileKeys;
     // Every step commits one group of copies, maybe an empty one, so that the number of groups
@@ -147,10 +138,10 @@ class LogitTiles {
     return ring_ + static_cast<uint32_t>(tile % Traits::kSlots * Traits::kSlotBytes);
   }
 
-  PROXYATTN_DEVICE void load_keys(const KeySource<Element>& keys, int begin, int tile) const {
-    const int first = begin + tile * Traits::kTileKeys;
-    Traits::KeyLoader::load(slot(tile), keys.first + first * keys.stride, keys.stride,
-                            keys.count - first, keys.aligned, static_cast<int>(threadIdx.x));
+  template <typename Keys>
+  PROXYATTN_DEVICE void load_keys(const Keys& keys, int begin, int tile) const {
+    keys.template load<typename Traits::KeyLoader>(slot(tile), begin + tile * Traits::kTileKeys,
+                                                   static_cast<int>(threadIdx.x));
   }
 
   PROXYATTN_DEVICE void multiply(typename Traits::Logits& logits, uint32_t keys) const {

@@ -49,6 +49,10 @@ __host__ __device__ inline bool rows_are_aligned(const void* base, Strides... st
 template <int kRows, int kColumns, int kThreads>
 struct TileLoader {
   using Tile = SharedTile<kColumns>;
+  // For so many rows of the tile, a multiple of eight.
+  template <int kPartRows>
+  using Part = TileLoader<kPartRows, kColumns, kThreads>;
+  static constexpr int kTileRows = kRows;
   static constexpr int kRowsPerPass = kThreads / Tile::kChunks;
   static constexpr int kPasses = kRows / kRowsPerPass;
   static_assert(kThreads % Tile::kChunks == 0 && kRows % kRowsPerPass == 0);

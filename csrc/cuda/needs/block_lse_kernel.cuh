@@ -3,56 +3,23 @@
 //   block_lse[h, n, r] = log2 of the sum over the visible keys u of block n of 2^(factor * q . k_u)
 //
 // for query r of the last `rows` ones of head h, on all tokens; factor = scale * log2(e).
-// block_lse is [batch * q_heads, kv_blocks, q_block], fp32, -inf where nothing is visible.
+// block_lse is [heads, kv_blocks, q_block] (layout.h), fp32, -inf where nothing is visible.
 //
 // A thread block owns 128 rows, which are one or two query heads of one kv head, and a chunk of
 // whole key blocks. Key blocks don't depend on each other, so any split gives the same bits. The
-// tiles of a kv head run side by side and read its keys from L2. Shared memory: the ring of
-// LogitTiles.
+// tiles of a kv head run side by side and read its keys from L2. Chunks of packed sequences are
+// numbered as runs of key blocks; their heads are those of one batch entry. Shared memory: the ring
+// of LogitTiles.
 #pragma once
 
 #include <cstdint>
 
-#include "proxyattn/types.h"
-
-#include "common/math.h"
+#include "cuda/common/key_rows.cuh"
 #include "cuda/common/logits.cuh"
 #include "cuda/common/warp.cuh"
+#include "cuda/needs/problem.h"
 
 namespace proxyattn::cuda {
-
-struct NeedProblem {
-  const void* q;  // the first of the last `rows` queries
-  const void* k;
-  float* block_lse;
-  TokenStrides q_strides;
-  TokenStrides k_strides;
-  int64_t batch;
-  int64_t kv_heads;
-  int64_t group_heads;  // query heads of a kv head
-  int64_t position;     // of row 0
-  int rows;
-  int q_block;
-  int kv_block;
-  int num_keys;
-  int num_kv_blocks;
-  int chunk_keys;  // a multiple of kv_block
-  int num_chunks;
-  int group_tiles;  // row tiles of a kv head
-  float factor;     // scale * log2(e)
-  bool causal;
-  bool q_aligned;
-  bool k_aligned;
-
-  PROXYATTN_HOST_DEVICE int64_t q_heads() const { return kv_heads * group_heads; }
-
-  // Keys [0, visible) that a row sees; none for one that does not exist.
-  PROXYATTN_HOST_DEVICE int visible_keys(int row) const {
-    if (row >= rows) return 0;
-    if (!causal) return num_keys;
-    return static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(position + row + 1, num_keys)));
-  }
-};
 
 template <typename Traits>
 struct BlockLseConsumer {
@@ -92,7 +59,24 @@ struct BlockLseConsumer {
   }
 };
 
-template <typename Element, int kHeadDim>
+// The keys of a kv head that a thread block reads; `first` is its first element in the tensor.
+template <bool kPaged, typename Element>
+PROXYATTN_DEVICE auto make_key_rows(const NeedProblem& p,
+                                    const NeedSource& source,
+                                    const Element* first) {
+  KeyRows<Element> rows;
+  rows.first = first + source.first_key * p.k_strides.token;
+  rows.stride = p.k_strides.token;
+  rows.count = source.num_keys;
+  rows.aligned = p.k_aligned;
+  if constexpr (kPaged) {
+    return PagedKeyRows<Element>{rows, p.k_strides.batch, p.pages, source.sequence};
+  } else {
+    return rows;
+  }
+}
+
+template <typename Element, int kHeadDim, bool kPaged>
 __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
                                   LogitTraits<Element, kHeadDim>::kBlocksPerSm)
     block_lse_kernel(const __grid_constant__ NeedProblem p) {
@@ -103,12 +87,16 @@ __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
   idx /= p.group_tiles;
   const int64_t kv_head = idx % p.kv_heads;
   idx /= p.kv_heads;
-  const int first_key = static_cast<int>(idx % p.num_chunks) * p.chunk_keys;
+  const int chunk = static_cast<int>(idx % p.num_chunks);
   const int64_t batch = idx / p.num_chunks;
+  const NeedSource source = p.source(chunk);
+  const int first_key = (chunk - source.first_chunk) * p.chunk_keys;
+  if (first_key >= source.num_keys) return;
 
-  // A query head owns q_block rows of the tile, of which the first p.rows exist.
+  // A query head owns q_block rows of the tile, of which the first source.rows exist.
   const auto head_of = [&](int row) { return (tile * Traits::kTileRows + row) / p.q_block; };
-  const auto* q = static_cast<const Element*>(p.q) + batch * p.q_strides.batch;
+  const auto* q = static_cast<const Element*>(p.q) + batch * p.q_strides.batch +
+                  source.first_query * p.q_strides.token;
   RowSource<Element> halves[2];
   PROXYATTN_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -117,7 +105,7 @@ __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
     const bool exists = head_of(first_row) < p.group_heads;
     halves[half].first = q + (kv_head * p.group_heads + head_of(first_row)) * p.q_strides.head +
                          head_row * p.q_strides.token;
-    halves[half].valid = exists ? min(max(p.rows - head_row, 0), Traits::kHalfRows) : 0;
+    halves[half].valid = exists ? min(max(source.rows - head_row, 0), Traits::kHalfRows) : 0;
   }
   LogitTiles<Traits> logits(shared);
   logits.load_rows(halves[0], halves[1], p.q_strides.token, p.q_aligned);
@@ -127,24 +115,24 @@ __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
   const int64_t head_idx = (batch * p.kv_heads + kv_head) * p.group_heads + head;
   BlockLseConsumer<Traits> consumer{p};
   consumer.block_lse =
-      head < p.group_heads ? p.block_lse + head_idx * p.num_kv_blocks * p.q_block : nullptr;
+      head < p.group_heads
+          ? p.block_lse + (head_idx * p.num_kv_blocks + source.first_block) * p.q_block
+          : nullptr;
   consumer.warp_row = first_row % p.q_block;
-  consumer.end_key = min(first_key + p.chunk_keys, p.num_keys);
-  consumer.unmasked_keys = p.rows < p.q_block ? 0 : p.visible_keys(0);
+  consumer.end_key = min(first_key + p.chunk_keys, source.num_keys);
+  consumer.unmasked_keys = source.rows < p.q_block ? 0 : source.visible_keys(0);
   PROXYATTN_UNROLL
   for (int r = 0; r < Traits::kRowTiles; ++r) {
     PROXYATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      consumer.limits[r][half] = p.visible_keys(Traits::row(r, half) % p.q_block);
+      consumer.limits[r][half] = source.visible_keys(Traits::row(r, half) % p.q_block);
     }
   }
-  KeySource<Element> keys;
-  keys.first =
+  // Pages are entries of the tensor, and packed sequences one.
+  const Element* keys =
       static_cast<const Element*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
-  keys.stride = p.k_strides.token;
-  keys.count = p.num_keys;
-  keys.aligned = p.k_aligned;
-  logits.for_each_tile(keys, first_key, consumer.end_key, consumer);
+  logits.for_each_tile(make_key_rows<kPaged>(p, source, keys), first_key, consumer.end_key,
+                       consumer);
 }
 
 }  // namespace proxyattn::cuda

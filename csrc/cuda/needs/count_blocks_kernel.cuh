@@ -2,9 +2,11 @@
 //
 //   budget = the smallest k whose k largest masses sum to at least gamma * (sum of all masses)
 //
-// mass is [heads, kv_blocks], budgets [heads]. A radix sort in shared memory, kItems values a
-// thread, puts the masses in falling order and a scan in double finds the first prefix that reaches
-// the target. A NaN anywhere makes the total NaN, and the budget is every block.
+// mass is [heads, kv_blocks] (layout.h), budgets [sequences, q_heads]. A radix sort in shared
+// memory, kItems values a thread, puts the masses in falling order and a scan in double finds the
+// first prefix that reaches the target. A NaN anywhere makes the total NaN, and the budget is every
+// block. Sequences are counted by a kernel of their size, for sums depend on it: of packed ones
+// each size is launched, and leaves the others' alone.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +14,16 @@
 #include <cub/block/block_scan.cuh>
 
 #include "cuda/common/macros.cuh"
+#include "cuda/needs/layout.h"
 
 namespace proxyattn::cuda {
 
 inline constexpr int kCountThreads = 512;
 
 struct CountProblem {
-  const float* mass;
+  NeedLayout layout;
   int32_t* budgets;
-  int num_kv_blocks;
+  int too_few;  // key blocks that a smaller kernel counts
   double gamma;
 };
 
@@ -50,13 +53,14 @@ __global__ void __launch_bounds__(kCountThreads, 1)
   extern __shared__ __align__(16) unsigned char bytes[];
   auto& shared = *reinterpret_cast<typename Counter::Shared*>(bytes);
   const int thread = static_cast<int>(threadIdx.x);
-  const float* head_mass = p.mass + static_cast<int64_t>(blockIdx.x) * p.num_kv_blocks;
-  if (thread == 0) shared.budget = p.num_kv_blocks;
+  const HeadMass masses = p.layout.head_mass(blockIdx.x);
+  if (masses.num_blocks <= p.too_few || masses.num_blocks > Counter::kCapacity) return;
+  if (thread == 0) shared.budget = masses.num_blocks;
   float mass[kItems];
   PROXYATTN_UNROLL
   for (int i = 0; i < kItems; ++i) {
     const int block = i * kCountThreads + thread;  // in any order
-    mass[i] = block < p.num_kv_blocks ? head_mass[block] : 0.0f;
+    mass[i] = block < masses.num_blocks ? masses.blocks[block] : 0.0f;
   }
   typename Counter::Sort(shared.sort).SortDescending(mass);
   double sum = 0.0;

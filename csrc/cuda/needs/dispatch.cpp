@@ -47,7 +47,7 @@ const Kernel& choose_kernel(const NeedParams& p) {
 }
 
 bool has_nothing(const NeedParams& p) {
-  return p.q_len == 0 || p.kv_len == 0;
+  return p.batch == 0 || p.q_len == 0 || p.kv_len == 0;
 }
 
 // Whether the settings alone decide.

@@ -11,7 +11,8 @@ namespace proxyattn::cuda {
 
 // From NeedLayout::block_lse to budgets or shares; every device.
 void launch_conclude(const NeedParams& params, Stream stream);
-// Where no head's attention decides: that budget, or shares of nothing, which are NaN.
+// Where no head's attention decides: that budget, of packed sequences no more than a sequence's key
+// blocks, or shares of nothing, which are NaN.
 void launch_trivial(const NeedParams& params, int32_t budget, Stream stream);
 
 }  // namespace proxyattn::cuda

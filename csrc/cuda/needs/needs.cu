@@ -6,6 +6,9 @@
 #include "cuda/needs/block_lse_kernel.cuh"
 #include "cuda/needs/dispatch.h"
 #include "cuda/needs/layout.h"
+#include "cuda/needs/problem.h"
+#include "cuda/sequences/block_runs.h"
+#include "cuda/sequences/packed.h"
 
 namespace proxyattn::cuda::sm80 {
 namespace {
@@ -18,27 +21,31 @@ constexpr int64_t kManyKeys = 65536;
 
 NeedProblem make_problem(const NeedParams& p) {
   NeedProblem s{};
-  const int64_t rows = min_of(p.q_block, p.q_len);
-  const int64_t first_query = p.q_len - rows;
-  // 16-bit elements, whatever their format.
-  s.q = static_cast<const uint16_t*>(p.q) + first_query * p.q_strides.token;
+  const NeedLayout layout(p);
+  s.q = p.q;
   s.k = p.k;
-  s.block_lse = NeedLayout(p).block_lse;
+  s.block_lse = layout.block_lse;
   s.q_strides = p.q_strides;
   s.k_strides = p.k_strides;
-  s.batch = p.batch;
+  s.chunk_keys = p.kv_len < kManyKeys ? kShortChunkKeys : kLongChunkKeys;
+  s.entry.rows = layout.entry.rows;
+  s.entry.first_query = p.q_len - layout.rows;
+  s.entry.position = p.q_offset + s.entry.first_query;
+  s.entry.num_keys = static_cast<int>(p.kv_len);
+  s.entry.causal = p.causal;
+  const int64_t chunk_blocks = s.chunk_keys / p.kv_block;
+  s.packed_chunks = {packed_table(p), static_cast<int32_t>(chunk_blocks)};
+  s.pages = PageTable(p.packed);
+  s.batch = is_packed(p) ? 1 : p.batch;
+  s.num_chunks =
+      static_cast<int>(is_packed(p) ? KeyRuns::capacity(layout.num_kv_blocks, chunk_blocks, p.batch)
+                                    : ceil_div<int64_t>(p.kv_len, s.chunk_keys));
   s.kv_heads = p.kv_heads;
   s.group_heads = p.q_heads / p.kv_heads;
-  s.position = p.q_offset + first_query;
-  s.rows = static_cast<int>(rows);
+  s.num_kv_blocks = layout.num_kv_blocks;
   s.q_block = static_cast<int>(p.q_block);
   s.kv_block = static_cast<int>(p.kv_block);
-  s.num_keys = static_cast<int>(p.kv_len);
-  s.num_kv_blocks = static_cast<int>(ceil_div(p.kv_len, p.kv_block));
-  s.chunk_keys = p.kv_len < kManyKeys ? kShortChunkKeys : kLongChunkKeys;
-  s.num_chunks = ceil_div(s.num_keys, s.chunk_keys);
   s.factor = p.scale * kLog2E;
-  s.causal = p.causal;
   s.q_aligned = rows_are_aligned(s.q, p.q_strides.batch, p.q_strides.token, p.q_strides.head);
   s.k_aligned = rows_are_aligned(s.k, p.k_strides.batch, p.k_strides.token, p.k_strides.head);
   return s;
@@ -52,7 +59,11 @@ void launch_kernel(const char* op, NeedProblem problem, Stream stream) {
   LaunchShape shape{problem.batch * problem.num_chunks * problem.kv_heads * problem.group_tiles};
   shape.threads = Traits::kThreads;
   shape.shared_bytes = Traits::kSharedBytes;
-  launch<block_lse_kernel<Element, kHeadDim>>(op, shape, stream, problem);
+  if (problem.pages.pages == nullptr) {
+    launch<block_lse_kernel<Element, kHeadDim, false>>(op, shape, stream, problem);
+  } else {
+    launch<block_lse_kernel<Element, kHeadDim, true>>(op, shape, stream, problem);
+  }
 }
 
 template <typename Element>

@@ -4,9 +4,10 @@
 //   row_lse[r]     = log2 of the sum over parts p of 2^part_lse[p, r]
 //   mass[n]        = sum over rows r of 2^(block_lse[n, r] - row_lse[r])
 //
-// for each query head; block_lse is [heads, kv_blocks, q_block], mass [heads, kv_blocks]. A thread
-// block owns the kBlocksPerPart blocks of one part of one head; the second of the two kernels adds
-// up the part_lse of all parts first, which are few. Everything is added in a fixed order. A NaN
+// for each query head; block_lse is [heads, kv_blocks, q_block], mass [heads, kv_blocks], and of
+// packed sequences each has its blocks and parts among a head's (layout.h). A thread block owns the
+// kBlocksPerPart blocks of one part of one head; the second of the two kernels adds up the part_lse
+// of all parts of the sequence first, which are few. Everything is added in a fixed order. A NaN
 // makes its row's row_lse NaN, and with it the mass of every block.
 #pragma once
 
@@ -68,16 +69,20 @@ static __global__ void __launch_bounds__(kMassThreads)
   __shared__ float shares[kMassThreads];
   const int64_t head = blockIdx.x / p.num_parts;
   const int64_t part = blockIdx.x - head * p.num_parts;
+  const NeedSpan span = p.span_of_part(part);
+  const int64_t own_part = part - span.first_part;
+  if (own_part >= span.num_parts) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int q_block = static_cast<int>(p.q_block);
   const int row = thread % q_block;
   const int num_shares = kMassThreads / q_block;
-  const int64_t first = part * kBlocksPerPart + thread / q_block;
-  const int64_t end = min_of((part + 1) * kBlocksPerPart, p.num_kv_blocks);
+  const int64_t first = own_part * kBlocksPerPart + thread / q_block;
+  const int64_t end = min_of<int64_t>((own_part + 1) * kBlocksPerPart, span.num_blocks);
   const int count =
       static_cast<int>(ceil_div(max_of<int64_t>(0, end - first), int64_t{num_shares}));
-  shares[thread] = log_sum_column(p.block_lse + (head * p.num_kv_blocks + first) * q_block + row,
-                                  int64_t{num_shares} * q_block, count);
+  const int64_t block = head * p.num_kv_blocks + span.first_block + first;
+  shares[thread] =
+      log_sum_column(p.block_lse + block * q_block + row, int64_t{num_shares} * q_block, count);
   __syncthreads();  // the shares are written
   if (thread >= q_block) return;
   p.part_lse[(head * p.num_parts + part) * q_block + row] =
@@ -91,27 +96,32 @@ static __global__ void __launch_bounds__(kMassThreads)
   __shared__ float row_lse[kMaxNeedRows];
   const int64_t head = blockIdx.x / p.num_parts;
   const int64_t part = blockIdx.x - head * p.num_parts;
+  const NeedSpan span = p.span_of_part(part);
+  const int64_t own_part = part - span.first_part;
+  if (own_part >= span.num_parts) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpLanes;
-  if (thread < p.rows) {
-    row_lse[thread] = log_sum_column(p.part_lse + head * p.num_parts * p.q_block + thread,
-                                     p.q_block, static_cast<int>(p.num_parts));
+  if (thread < span.rows) {
+    const int64_t first = head * p.num_parts + span.first_part;
+    row_lse[thread] =
+        log_sum_column(p.part_lse + first * p.q_block + thread, p.q_block, span.num_parts);
   }
   __syncthreads();  // row_lse is written
-  const int64_t end = min_of((part + 1) * kBlocksPerPart, p.num_kv_blocks);
+  const int64_t first_block = head * p.num_kv_blocks + span.first_block;
+  const int64_t end = min_of<int64_t>((own_part + 1) * kBlocksPerPart, span.num_blocks);
   PROXYATTN_UNROLL
   for (int i = 0; i < kBlocksPerPart / kMassWarps; ++i) {
-    const int64_t block = part * kBlocksPerPart + i * kMassWarps + thread / kWarpLanes;
+    const int64_t block = own_part * kBlocksPerPart + i * kMassWarps + thread / kWarpLanes;
     if (block >= end) break;
-    const float* lse = p.block_lse + (head * p.num_kv_blocks + block) * p.q_block;
+    const float* lse = p.block_lse + (first_block + block) * p.q_block;
     double sum = 0.0;
     PROXYATTN_UNROLL
     for (int j = 0; j < kLaneRows; ++j) {
       const int row = lane + j * kWarpLanes;
-      if (row < p.rows) sum += static_cast<double>(ptx::ex2(lse[row] - row_lse[row]));
+      if (row < span.rows) sum += static_cast<double>(ptx::ex2(lse[row] - row_lse[row]));
     }
     sum = group_sum<kWarpLanes>(sum);
-    if (lane == 0) p.mass[head * p.num_kv_blocks + block] = static_cast<float>(sum);
+    if (lane == 0) p.mass[first_block + block] = static_cast<float>(sum);
   }
 }
 

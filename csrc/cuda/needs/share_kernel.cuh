@@ -2,9 +2,9 @@
 //
 //   share = (sum of the forced blocks' masses) / (sum of all masses)
 //
-// mass is [heads, kv_blocks], shares [heads]. Sums are in double, each thread's in rising order of
-// the blocks and then across threads by a tree: one order for any number of heads. A NaN anywhere
-// and a sum of zero make the share NaN.
+// mass is [heads, kv_blocks] (layout.h), shares [sequences, q_heads]. Sums are in double, each
+// thread's in rising order of the blocks and then across threads by a tree: one order for any
+// number of heads. A NaN anywhere and a sum of zero make the share NaN.
 #pragma once
 
 #include <cstdint>
@@ -12,29 +12,41 @@
 
 #include "common/block_grid.h"
 #include "cuda/common/macros.cuh"
+#include "cuda/needs/layout.h"
+#include "cuda/sequences/packed.h"
 
 namespace proxyattn::cuda {
 
 inline constexpr int kShareThreads = 256;
 
 struct ShareProblem {
-  const float* mass;
+  NeedLayout layout;
   float* shares;
-  int64_t num_kv_blocks;
-  ForcedBlocks forced;  // of the last queries
+  BlockGrid grid;
+  int64_t num_sink_blocks;
+  int64_t num_local_blocks;
+  ForcedBlocks forced;  // of a batch entry's last queries
+
+  PROXYATTN_HOST_DEVICE ForcedBlocks forced_of(int64_t need) const {
+    if (layout.is_batch()) return forced;
+    const Sequence& s = layout.packed_parts.table.sequences[need / layout.q_heads];
+    const BlockGrid own = sequence_grid(grid, s);
+    return {own, own.last_queries(), num_sink_blocks, num_local_blocks};
+  }
 };
 
 static __global__ void __launch_bounds__(kShareThreads)
     share_kernel(const __grid_constant__ ShareProblem p) {
   using Reduce = cub::BlockReduce<double, kShareThreads>;
   __shared__ typename Reduce::TempStorage scratch;
-  const float* head_mass = p.mass + int64_t{blockIdx.x} * p.num_kv_blocks;
+  const HeadMass masses = p.layout.head_mass(blockIdx.x);
+  const ForcedBlocks blocks = p.forced_of(blockIdx.x);
   double forced = 0.0;
   double total = 0.0;
-  for (int64_t block = threadIdx.x; block < p.num_kv_blocks; block += kShareThreads) {
-    const double mass = head_mass[block];
+  for (int64_t block = threadIdx.x; block < masses.num_blocks; block += kShareThreads) {
+    const double mass = masses.blocks[block];
     total += mass;
-    if (p.forced.rank_of(block) >= 0) forced += mass;
+    if (blocks.rank_of(block) >= 0) forced += mass;
   }
   total = Reduce(scratch).Sum(total);
   __syncthreads();  // the first sum is done with the scratch

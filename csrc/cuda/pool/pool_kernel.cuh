@@ -5,8 +5,12 @@
 //
 // Source [batch, tokens, heads, head_dim], proxy [batch, windows, groups, head_dim], both with any
 // strides but a contiguous last dimension. Pooling by the first token of a window is pooling of
-// windows of one token, every stride-th of them. One launch pools queries and keys: the first
-// thread blocks work on the queries, the others on the keys.
+// that token alone. One launch pools queries and keys: the first thread blocks work on the queries,
+// the others on the keys.
+//
+// Packed sequences are one batch entry, whose windows are numbered as windows.h says. How many
+// there are the device knows, so a fixed number of thread blocks takes them in turn, and capacities
+// far above what is used cost nothing.
 //
 // A thread owns one 16-byte chunk of one (b, w, c) and loops over the window's tokens and the
 // group's heads with kPoolLoads loads in flight; neighbouring threads own neighbouring chunks, then
@@ -22,6 +26,7 @@
 #include "common/math.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/vec.cuh"
+#include "cuda/pool/windows.h"
 
 namespace proxyattn::cuda {
 
@@ -35,10 +40,11 @@ struct PoolSide {
   void* proxy;
   TokenStrides source_strides;
   TokenStrides proxy_strides;
-  int64_t tokens;
-  int64_t windows;
+  int64_t tokens;      // of a batch entry; not of packed sequences
+  int64_t windows;     // of a batch entry
   int64_t num_chunks;  // 16-byte chunks of the whole proxy tensor
-  int window_tokens;   // the last window may have fewer
+  int stride;          // tokens from one window to the next
+  int window_tokens;   // that are looked at; the last window may have fewer
   int groups;
   int group_heads;
   bool source_aligned;
@@ -135,6 +141,41 @@ struct PoolPlace {
   }
 };
 
+PROXYATTN_DEVICE PoolPlace find_place(const PoolArgs& args, const PoolSide& side, int64_t chunk) {
+  return side.num_chunks <= kMaxShortNumber
+             ? PoolPlace::of<uint32_t>(side, args.row_chunks_log2, static_cast<uint32_t>(chunk))
+             : PoolPlace::of<int64_t>(side, args.row_chunks_log2, chunk);
+}
+
+// One chunk of the proxy of a window that has tokens.
+template <typename Element>
+PROXYATTN_DEVICE uint4 pool_window(const PoolSide& side,
+                                   const PoolPlace& at,
+                                   const Window& window) {
+  const TokenStrides& from = side.source_strides;
+  WindowRows<Element> rows;
+  rows.next = static_cast<const Element*>(side.source) + window.first.entry * from.batch +
+              window.first.token * from.token + int64_t{at.group} * side.group_heads * from.head +
+              at.column;
+  rows.head_stride = from.head;
+  rows.token_step = from.token - (side.group_heads - 1) * from.head;
+  rows.num_heads = side.group_heads;
+  rows.num_rows = side.group_heads * window.num_tokens;
+  return mean_of_rows(rows, side.source_aligned);
+}
+
+template <typename Element>
+PROXYATTN_DEVICE void store_proxy(const PoolSide& side, const PoolPlace& at, const uint4& chunk) {
+  const TokenStrides& to = side.proxy_strides;
+  Element* proxy = static_cast<Element*>(side.proxy) + at.batch * to.batch + at.window * to.token +
+                   at.group * to.head + at.column;
+  if (side.proxy_aligned) {
+    *reinterpret_cast<uint4*>(proxy) = chunk;
+  } else {
+    scatter_chunk(proxy, chunk);
+  }
+}
+
 template <typename Element>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_heads_kernel(const __grid_constant__ PoolArgs args) {
@@ -143,31 +184,31 @@ __global__ void __launch_bounds__(kPoolThreads)
   const int64_t cta = is_k ? blockIdx.x - args.num_q_ctas : blockIdx.x;
   const int64_t chunk = cta * kPoolThreads + threadIdx.x;
   if (chunk >= side.num_chunks) return;
-  const PoolPlace at =
-      side.num_chunks <= kMaxShortNumber
-          ? PoolPlace::of<uint32_t>(side, args.row_chunks_log2, static_cast<uint32_t>(chunk))
-          : PoolPlace::of<int64_t>(side, args.row_chunks_log2, chunk);
+  const PoolPlace at = find_place(args, side, chunk);
+  const int64_t first = at.window * side.stride;
+  const int64_t left = side.tokens - first;
+  const Window window{{at.batch, first},
+                      static_cast<int>(min_of<int64_t>(side.window_tokens, left))};
+  store_proxy<Element>(side, at, pool_window<Element>(side, at, window));
+}
 
-  const TokenStrides& from = side.source_strides;
-  const int64_t first_token = at.window * side.window_tokens;
-  WindowRows<Element> rows;
-  rows.next = static_cast<const Element*>(side.source) + at.batch * from.batch +
-              first_token * from.token + int64_t{at.group} * side.group_heads * from.head +
-              at.column;
-  rows.head_stride = from.head;
-  rows.token_step = from.token - (side.group_heads - 1) * from.head;
-  rows.num_heads = side.group_heads;
-  rows.num_rows = side.group_heads *
-                  static_cast<int>(min_of<int64_t>(side.window_tokens, side.tokens - first_token));
-  const uint4 mean = mean_of_rows(rows, side.source_aligned);
-
-  const TokenStrides& to = side.proxy_strides;
-  Element* proxy = static_cast<Element*>(side.proxy) + at.batch * to.batch + at.window * to.token +
-                   at.group * to.head + at.column;
-  if (side.proxy_aligned) {
-    *reinterpret_cast<uint4*>(proxy) = mean;
-  } else {
-    scatter_chunk(proxy, mean);
+template <typename Element>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_packed_kernel(const __grid_constant__ PoolArgs args,
+                       const __grid_constant__ PackedWindows windows) {
+  const bool is_k = blockIdx.x >= args.num_q_ctas;
+  const PoolSide& side = args.sides[is_k];
+  const int64_t cta = is_k ? blockIdx.x - args.num_q_ctas : blockIdx.x;
+  const int64_t num_ctas = is_k ? gridDim.x - args.num_q_ctas : args.num_q_ctas;
+  for (int64_t chunk = cta * kPoolThreads + threadIdx.x; chunk < side.num_chunks;
+       chunk += num_ctas * kPoolThreads) {
+    const PoolPlace at = find_place(args, side, chunk);
+    const Window window = is_k ? windows.of_keys(at.window) : windows.of_queries(at.window);
+    if (window.num_tokens == Window::kNoMore) return;
+    if (window.num_tokens == 0) continue;
+    uint4 proxy{};
+    if (window.first.exists()) proxy = pool_window<Element>(side, at, window);
+    store_proxy<Element>(side, at, proxy);
   }
 }
 

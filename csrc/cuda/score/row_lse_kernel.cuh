@@ -5,60 +5,87 @@
 // A thread block owns 128 rows and one chunk of keys, so that a short call still fills the device;
 // combine_lse_kernel adds the chunks up, in order. A chunk starts at a multiple of its length and
 // every lane adds up its own columns, so what a row gets depends neither on the rows beside it nor
-// on the range of query blocks asked for. Shared memory: the ring of LogitTiles.
+// on the range of query blocks asked for. Row tiles of packed sequences are numbered as runs of
+// query blocks. Shared memory: the ring of LogitTiles.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/common/key_rows.cuh"
 #include "cuda/common/logits.cuh"
 #include "cuda/score/problem.h"
 
 namespace proxyattn::cuda {
 
-// Where the rows and keys of an item come from, and which keys each row sees.
+// Where the rows and keys of a thread block's work come from.
 template <typename Traits>
 struct ScoreTile {
   using Element = typename Traits::Element;
   static_assert(kScoreTileRows == Traits::kTileRows);
 
   RowSource<Element> halves[2];
-  KeySource<Element> keys;
-  int first_key;
-  int end_key;
-  int unmasked_keys;
+  KeyRows<Element> keys;
 
-  PROXYATTN_DEVICE ScoreTile(const ScoreProblem& p, const ScoreItem& item)
-      : first_key(item.first_key(p)),
-        end_key(item.end_key(p)),
-        unmasked_keys(item.unmasked_keys(p)) {
-    const int64_t batch = item.list / p.proxy_heads;
-    const int64_t head = item.list % p.proxy_heads;
+  PROXYATTN_DEVICE explicit ScoreTile(const ScoreChunk& chunk) {
+    const ScoreWork& work = chunk.work;
+    const ScoreSource& source = chunk.source;
+    const ScoreProblem& p = chunk.p;
+    const int64_t batch = work.list / p.proxy_heads;
+    const int64_t head = work.list % p.proxy_heads;
     PROXYATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = item.first_row + half * Traits::kHalfRows;
+      const int64_t row = work.first_row + half * Traits::kHalfRows;
       halves[half].first = static_cast<const Element*>(p.q) + batch * p.q_strides.batch +
-                           head * p.q_strides.head + (p.first_row + row) * p.q_strides.token;
+                           head * p.q_strides.head + (source.first_query + row) * p.q_strides.token;
       halves[half].valid = static_cast<int>(
-          max_of<int64_t>(0, min_of<int64_t>(p.num_rows - row, Traits::kHalfRows)));
+          max_of<int64_t>(0, min_of<int64_t>(source.num_rows - row, Traits::kHalfRows)));
     }
     keys.first = static_cast<const Element*>(p.k) + batch * p.k_strides.batch +
-                 head / p.key_sharers * p.k_strides.head;
+                 head / p.key_sharers * p.k_strides.head + source.first_key * p.k_strides.token;
     keys.stride = p.k_strides.token;
-    keys.count = p.num_keys;
+    keys.count = source.num_keys;
     keys.aligned = p.k_aligned;
   }
 };
 
 template <typename Traits>
-PROXYATTN_DEVICE void find_limits(typename Traits::RowLimits& limits,
-                                  const ScoreProblem& p,
-                                  const ScoreItem& item) {
+PROXYATTN_DEVICE void find_limits(typename Traits::RowLimits& limits, const ScoreChunk& chunk) {
   PROXYATTN_UNROLL
   for (int r = 0; r < Traits::kRowTiles; ++r) {
     PROXYATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      limits[r][half] = p.visible_keys(item.first_row + Traits::row(r, half));
+      limits[r][half] =
+          chunk.p.visible_keys(chunk.source, chunk.work.first_row + Traits::row(r, half));
     }
+  }
+}
+
+// Calls run(chunk) for each chunk of a thread block's row tile, which is one unless sequences are
+// packed; collective. Their numbers of chunks differ, so a few thread blocks share those of a tile,
+// and of a short sequence's few find none. What the thread block works on then lies in shared
+// memory, as products leave no registers for it.
+template <bool kPacked, typename Run>
+PROXYATTN_DEVICE void for_each_chunk(const ScoreProblem& p, const Run& run) {
+  const ScorePlace place(p, blockIdx.x);
+  if constexpr (kPacked) {
+    __shared__ ScoreSource source;
+    __shared__ ScoreWork work;
+    if (threadIdx.x == 0) {
+      source = p.packed_source(place.tile);
+      work = place.work(source);
+    }
+    __syncthreads();  // both are written
+    if (work.first_row >= source.num_rows) return;
+    PROXYATTN_NO_UNROLL
+    while (work.chunk < source.num_chunks()) {
+      run(ScoreChunk{p, source, work});
+      __syncthreads();  // all have read the shared memory that the next chunk goes through
+      if (threadIdx.x == 0) work.chunk += p.chunk_step;
+      __syncthreads();  // it is known which that is
+    }
+  } else {
+    const ScoreWork work = place.work(p.entry);
+    run(ScoreChunk{p, p.entry, work});
   }
 }
 
@@ -77,34 +104,43 @@ struct LseConsumer {
   }
 };
 
-template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
-                                  LogitTraits<Element, kHeadDim>::kBlocksPerSm)
-    row_lse_kernel(const __grid_constant__ ScoreProblem p) {
-  using Traits = LogitTraits<Element, kHeadDim>;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const ScoreItem item(p, blockIdx.x);
-  const ScoreTile<Traits> tile(p, item);
-  if (tile.end_key <= tile.first_key) return;
-
+template <typename Traits>
+PROXYATTN_DEVICE void run_lse_chunk(const ScoreChunk& chunk, const void* shared) {
+  const ScoreProblem& p = chunk.p;
+  const ScoreWork& work = chunk.work;
+  const ScoreSource& source = chunk.source;
+  const int first_key = chunk.first_key();
+  const int end_key = chunk.end_key();
+  if (end_key <= first_key) return;
+  const ScoreTile<Traits> tile(chunk);
   LogitTiles<Traits> logits(shared);
   logits.load_rows(tile.halves[0], tile.halves[1], p.q_strides.token, p.q_aligned);
   LseConsumer<Traits> consumer;
-  consumer.unmasked_keys = tile.unmasked_keys;
+  consumer.unmasked_keys = chunk.unmasked_keys();
   consumer.factor = p.factor;
-  find_limits<Traits>(consumer.limits, p, item);
-  logits.for_each_tile(tile.keys, tile.first_key, tile.end_key, consumer);
+  find_limits<Traits>(consumer.limits, chunk);
+  logits.for_each_tile(tile.keys, first_key, end_key, consumer);
 
-  float* lse = p.lse + item.list * p.lse_pitch + item.chunk * p.num_rows;
+  float* lse = p.lse + work.list * p.lse_pitch + work.chunk * p.lse_rows + source.first_lse;
   PROXYATTN_UNROLL
   for (int r = 0; r < Traits::kRowTiles; ++r) {
     PROXYATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
       const float sum = consumer.sums.log2_sum(r, half);
-      const int64_t row = item.first_row + Traits::row(r, half);
-      if (threadIdx.x % kQuadLanes == 0 && row < p.num_rows) lse[row] = sum;
+      const int64_t row = work.first_row + Traits::row(r, half);
+      if (threadIdx.x % kQuadLanes == 0 && row < source.num_rows) lse[row] = sum;
     }
   }
+}
+
+template <typename Element, int kHeadDim, bool kPacked>
+__global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
+                                  LogitTraits<Element, kHeadDim>::kBlocksPerSm)
+    row_lse_kernel(const __grid_constant__ ScoreProblem p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  for_each_chunk<kPacked>(p, [&](const ScoreChunk& chunk) {
+    run_lse_chunk<LogitTraits<Element, kHeadDim>>(chunk, shared);
+  });
 }
 
 inline constexpr int kCombineThreads = 128;
@@ -113,18 +149,25 @@ inline constexpr int kCombineThreads = 128;
 static __global__ void __launch_bounds__(kCombineThreads)
     combine_lse_kernel(const __grid_constant__ ScoreProblem p) {
   const int64_t idx = int64_t{blockIdx.x} * kCombineThreads + threadIdx.x;
-  if (idx >= p.lists * p.num_rows) return;
-  const int64_t row = idx % p.num_rows;
-  float* lse = p.lse + idx / p.num_rows * p.lse_pitch + row;
-  const int num_chunks = (p.visible_keys(row) + p.chunk_keys - 1) / p.chunk_keys;
+  if (idx >= p.lists * p.lse_rows) return;
+  const int64_t place = idx % p.lse_rows;
+  ScoreSource source = p.entry;
+  if (p.is_packed()) {
+    const int32_t owner = p.packed_tiles.table.block_sequence[place / p.block_rows];
+    if (owner >= p.packed_tiles.table.count) return;
+    source = p.source(p.packed_tiles.table.sequences[owner]);
+  }
+  float* lse = p.lse + idx / p.lse_rows * p.lse_pitch + place;
+  const int visible = p.visible_keys(source, place - source.first_lse);
+  const int num_chunks = ceil_div(visible, source.chunk_keys);
   float largest = kMinusInfinity;
   for (int chunk = 0; chunk < num_chunks; ++chunk) {
-    largest = fmaxf(largest, lse[chunk * p.num_rows]);
+    largest = fmaxf(largest, lse[chunk * p.lse_rows]);
   }
   const float reference = log2_reference(largest);
   float sum = 0.0f;
   for (int chunk = 0; chunk < num_chunks; ++chunk) {
-    sum += ptx::ex2(lse[chunk * p.num_rows] - reference);
+    sum += ptx::ex2(lse[chunk * p.lse_rows] - reference);
   }
   lse[0] = sum == 0.0f ? kMinusInfinity : reference + log2f(sum);
 }

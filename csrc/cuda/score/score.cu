@@ -1,25 +1,23 @@
 // The portable kernels of score_blocks: every device, every layout.
 #include "proxyattn/score.h"
 
+#include "common/math.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/limits.h"
 #include "cuda/score/dispatch.h"
+#include "cuda/score/problem.h"
 #include "cuda/score/score_kernel.cuh"
+#include "cuda/sequences/block_runs.h"
+#include "cuda/sequences/packed.h"
 
 namespace proxyattn::cuda::sm80 {
 namespace {
 
 constexpr const char* kOp = "score_blocks";
 
-// Keys of a chunk: few enough that a call of one short sequence has work for every SM, many enough
-// that the queries' passage through shared memory is small beside it. The bound keeps the subcells
-// within the smallest device's shared memory.
-constexpr int kMinChunkKeys = 512;
-constexpr int kMaxChunkKeys = 1024;
-constexpr int64_t kManyKeys = 16384;
-
-// The number of partial sums a row is given up to, in the first pass.
-constexpr int64_t kMaxLseChunks = 32;
+// Thread blocks that share the chunks of a row tile of packed sequences: as many as give short
+// calls work for every SM.
+constexpr int kPackedChunkStep = 8;
 
 int64_t num_sampled_rows(const ScoreParams& p) {
   const int64_t block_rows = p.q_block / p.stride;
@@ -27,13 +25,25 @@ int64_t num_sampled_rows(const ScoreParams& p) {
   return max_of<int64_t>(0, end - p.rows.begin * block_rows);
 }
 
-// Both depend on the keys alone, so that a row's bits don't depend on the rows asked for.
-int64_t cell_chunk_keys(int64_t num_keys) {
-  return num_keys < kManyKeys ? kMinChunkKeys : kMaxChunkKeys;
+int num_sampled_keys(const ScoreParams& p) {
+  return static_cast<int>(ceil_div(p.kv_len, p.stride));
 }
-int64_t lse_chunk_keys(int64_t num_keys) {
-  return max_of(cell_chunk_keys(num_keys),
-                round_up(ceil_div(num_keys, kMaxLseChunks), int64_t{kMinChunkKeys}));
+
+// Chunks of the first pass, of packed sequences those that one of so many keys or fewer may have.
+int64_t num_lse_chunks(const ScoreParams& p) {
+  const int num_keys = num_sampled_keys(p);
+  if (is_packed(p)) return min_of(kMaxLseChunks, ceil_div(num_keys, kMinChunkKeys));
+  return ceil_div(num_keys, score_chunk_keys(ScorePass::kLse, num_keys));
+}
+
+// Rows that a chunk of the first pass has room for.
+int64_t num_lse_rows(const ScoreParams& p) {
+  if (!is_packed(p)) return num_sampled_rows(p);
+  return max_packed_blocks(p.packed, p.batch, p.q_block) * (p.q_block / p.stride);
+}
+
+int64_t num_lists(const ScoreParams& p) {
+  return is_packed(p) ? p.proxy_heads : p.batch * p.proxy_heads;
 }
 
 ScoreProblem make_problem(const ScoreParams& p) {
@@ -45,19 +55,27 @@ ScoreProblem make_problem(const ScoreParams& p) {
   s.mass = p.mass;
   s.q_strides = p.q_proxy_strides;
   s.k_strides = p.k_proxy_strides;
-  s.lists = p.batch * p.proxy_heads;
+  s.lists = num_lists(p);
   s.proxy_heads = p.proxy_heads;
   s.key_sharers = p.proxy_heads / p.key_proxy_heads;
-  s.q_offset = p.q_offset;
-  s.block_rows = static_cast<int>(p.q_block / p.stride);
-  s.block_keys = static_cast<int>(p.kv_block / p.stride);
-  s.first_row = p.rows.begin * s.block_rows;
-  s.num_rows = num_sampled_rows(p);
-  s.num_row_tiles = ceil_div<int64_t>(s.num_rows, kScoreTileRows);
+  s.lse_rows = num_lse_rows(p);
+  s.lse_pitch = num_lse_chunks(p) * s.lse_rows;
   s.num_q_blocks = p.rows.end - p.rows.begin;
   s.num_kv_blocks = ceil_div(p.kv_len, p.kv_block);
   s.stride = static_cast<int>(p.stride);
-  s.num_keys = static_cast<int>(ceil_div(p.kv_len, p.stride));
+  s.block_rows = static_cast<int>(p.q_block / p.stride);
+  s.block_keys = static_cast<int>(p.kv_block / p.stride);
+  s.entry.first_query = p.rows.begin * s.block_rows;
+  s.entry.position = p.q_offset + p.rows.begin * p.q_block;
+  s.entry.num_rows = num_sampled_rows(p);
+  s.entry.num_q_blocks = s.num_q_blocks;
+  s.entry.num_kv_blocks = s.num_kv_blocks;
+  s.entry.num_keys = num_sampled_keys(p);
+  const int tile_blocks = kScoreTileRows / s.block_rows;
+  s.packed_tiles = {packed_table(p), tile_blocks};
+  s.num_row_tiles =
+      is_packed(p) ? QueryRuns::capacity(s.packed_tiles.table.max_q_blocks, tile_blocks, p.batch)
+                   : ceil_div<int64_t>(s.entry.num_rows, kScoreTileRows);
   s.factor = p.scale * kLog2E;
   s.causal = p.causal;
   const TokenStrides& q = s.q_strides;
@@ -67,39 +85,55 @@ ScoreProblem make_problem(const ScoreParams& p) {
   return s;
 }
 
+// What differs from pass to pass.
+void set_pass(ScoreProblem& problem, ScorePass pass) {
+  problem.pass = pass;
+  problem.entry.chunk_keys = score_chunk_keys(pass, problem.entry.num_keys);
+  problem.chunk_step = problem.entry.num_chunks();
+  if (problem.is_packed()) {
+    // Shorter sequences may have more chunks than the longest.
+    problem.chunk_step = min_of(kPackedChunkStep, ceil_div(problem.entry.num_keys, kMinChunkKeys));
+  }
+}
+
 template <typename Traits>
-LaunchShape tile_shape(const ScoreProblem& problem, int64_t num_chunks, int extra_bytes) {
-  LaunchShape shape{problem.lists * num_chunks * problem.num_row_tiles};
+LaunchShape tile_shape(const ScoreProblem& problem, int extra_bytes) {
+  LaunchShape shape{problem.lists * problem.chunk_step * problem.num_row_tiles};
   shape.threads = Traits::kThreads;
   shape.shared_bytes = Traits::kSharedBytes + extra_bytes;
   return shape;
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kPacked>
 void run(ScoreProblem problem, Stream stream) {
   using Traits = LogitTraits<Element, kHeadDim>;
   static_assert(Traits::kSharedBytes + 2 * subcell_floats(kMaxChunkKeys) * int{sizeof(float)} <=
                 kPortableSharedBytes);
-  const auto use_chunks = [&problem](int64_t chunk_keys) {
-    problem.chunk_keys = static_cast<int>(chunk_keys);
-    problem.num_chunks = static_cast<int>(ceil_div<int64_t>(problem.num_keys, chunk_keys));
-  };
-  use_chunks(lse_chunk_keys(problem.num_keys));
-  problem.lse_pitch = problem.num_chunks * problem.num_rows;
-  launch<row_lse_kernel<Element, kHeadDim>>(kOp, tile_shape<Traits>(problem, problem.num_chunks, 0),
-                                            stream, problem);
-  LaunchShape combine{ceil_div<int64_t>(problem.lists * problem.num_rows, kCombineThreads)};
+  set_pass(problem, ScorePass::kLse);
+  launch<row_lse_kernel<Element, kHeadDim, kPacked>>(kOp, tile_shape<Traits>(problem, 0), stream,
+                                                     problem);
+  LaunchShape combine{ceil_div<int64_t>(problem.lists * problem.lse_rows, kCombineThreads)};
   combine.threads = kCombineThreads;
   launch<combine_lse_kernel>(kOp, combine, stream, problem);
 
-  use_chunks(cell_chunk_keys(problem.num_keys));
-  const int subcell_bytes = subcell_floats(problem.chunk_keys) * int{sizeof(float)};
+  set_pass(problem, ScorePass::kCells);
+  // No sequence of fewer keys has longer chunks.
+  const int subcell_bytes = subcell_floats(problem.entry.chunk_keys) * int{sizeof(float)};
   if (problem.mass == nullptr) {
-    launch<score_cells_kernel<Element, kHeadDim, false>>(
-        kOp, tile_shape<Traits>(problem, problem.num_chunks, subcell_bytes), stream, problem);
+    launch<score_cells_kernel<Element, kHeadDim, false, kPacked>>(
+        kOp, tile_shape<Traits>(problem, subcell_bytes), stream, problem);
   } else {
-    launch<score_cells_kernel<Element, kHeadDim, true>>(
-        kOp, tile_shape<Traits>(problem, problem.num_chunks, 2 * subcell_bytes), stream, problem);
+    launch<score_cells_kernel<Element, kHeadDim, true, kPacked>>(
+        kOp, tile_shape<Traits>(problem, 2 * subcell_bytes), stream, problem);
+  }
+}
+
+template <typename Element, int kHeadDim>
+void run(const ScoreProblem& problem, Stream stream) {
+  if (problem.is_packed()) {
+    run<Element, kHeadDim, true>(problem, stream);
+  } else {
+    run<Element, kHeadDim, false>(problem, stream);
   }
 }
 
@@ -117,13 +151,11 @@ void run_head_dim(int64_t head_dim, const ScoreProblem& problem, Stream stream) 
 }  // namespace
 
 int64_t score_workspace_bytes(const ScoreParams& params) {
-  const int64_t num_keys = ceil_div(params.kv_len, params.stride);
-  const int64_t chunks = ceil_div(num_keys, lse_chunk_keys(num_keys));
-  return params.batch * params.proxy_heads * chunks * num_sampled_rows(params) *
-         int64_t{sizeof(float)};
+  return num_lists(params) * num_lse_chunks(params) * num_lse_rows(params) * int64_t{sizeof(float)};
 }
 
 void launch_score(const ScoreParams& params, Stream stream) {
+  if (params.batch == 0) return;
   const ScoreProblem problem = make_problem(params);
   if (params.dtype == DType::kBFloat16) {
     run_head_dim<__nv_bfloat16>(params.head_dim, problem, stream);

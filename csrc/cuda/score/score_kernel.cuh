@@ -139,16 +139,20 @@ struct CellConsumer {
 // write(query block, key block, value), both counted from the first ones of the tile and chunk,
 // in one lane of each group. Columns from `num_columns` on were not computed: nobody sees them.
 template <typename Op, typename Write>
-PROXYATTN_DEVICE void merge_subcells(
-    const ScoreProblem& p, const float* subcells, int num_columns, int num_warps, Write& write) {
+PROXYATTN_DEVICE void merge_subcells(const ScoreProblem& p,
+                                     int chunk_keys,
+                                     const float* subcells,
+                                     int num_columns,
+                                     int num_warps,
+                                     Write& write) {
   const int cell_rows = p.block_rows / kSubcell;
   const int cell_columns = p.block_keys / kSubcell;
   const int cell_size = cell_rows * cell_columns;
   const int group_lanes = min(cell_size, kWarpLanes);
   const int warp_cells = kWarpLanes / group_lanes;
-  const int row_cells = p.chunk_keys / p.block_keys;
+  const int row_cells = chunk_keys / p.block_keys;
   const int num_cells = kScoreTileRows / p.block_rows * row_cells;
-  const int pitch = subcell_pitch(p.chunk_keys);
+  const int pitch = subcell_pitch(chunk_keys);
   const int lane = warp_lane();
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const Op op;
@@ -170,86 +174,98 @@ PROXYATTN_DEVICE void merge_subcells(
   }
 }
 
-// Stores the cells of an item that exist.
+// Stores the cells of a tile and chunk that exist.
 struct CellWriter {
-  const ScoreProblem& p;
-  int64_t list;
-  int64_t first_q_block;
+  const ScoreChunk& chunk;
+  int64_t first_q_block;  // of the source
   int64_t first_kv_block;
 
-  PROXYATTN_DEVICE CellWriter(const ScoreProblem& problem, const ScoreItem& item)
-      : p(problem),
-        list(item.list),
-        first_q_block(item.first_row / problem.block_rows),
-        first_kv_block(item.first_key(problem) / problem.block_keys) {}
+  PROXYATTN_DEVICE explicit CellWriter(const ScoreChunk& chunk)
+      : chunk(chunk),
+        first_q_block(chunk.work.first_row / chunk.p.block_rows),
+        first_kv_block(chunk.first_key() / chunk.p.block_keys) {}
 
   PROXYATTN_DEVICE void store(float* cells, int q_block, int kv_block, float value) const {
+    const ScoreProblem& p = chunk.p;
+    const ScoreSource& source = chunk.source;
     const int64_t m = first_q_block + q_block;
     const int64_t n = first_kv_block + kv_block;
-    if (m >= p.num_q_blocks || n >= p.num_kv_blocks) return;
-    cells[(list * p.num_q_blocks + m) * p.num_kv_blocks + n] = value;
+    if (m >= source.num_q_blocks || n >= source.num_kv_blocks) return;
+    const int64_t row = chunk.work.list * p.num_q_blocks + source.first_q_block + m;
+    cells[row * p.num_kv_blocks + n] = value;
   }
 };
 
 struct PeakWriter : CellWriter {
   using CellWriter::CellWriter;
   PROXYATTN_DEVICE void operator()(int q_block, int kv_block, float value) const {
-    store(p.peak, q_block, kv_block, value * kLn2);
+    store(chunk.p.peak, q_block, kv_block, value * kLn2);
   }
 };
 
 struct MassWriter : CellWriter {
   using CellWriter::CellWriter;
   PROXYATTN_DEVICE void operator()(int q_block, int kv_block, float value) const {
-    const int64_t first = (first_q_block + q_block) * p.block_rows;
-    const int64_t rows = min_of<int64_t>(p.block_rows, p.num_rows - first);
-    store(p.mass, q_block, kv_block, value / static_cast<float>(rows));
+    const int64_t first = (first_q_block + q_block) * chunk.p.block_rows;
+    const int64_t rows = min_of<int64_t>(chunk.p.block_rows, chunk.source.num_rows - first);
+    store(chunk.p.mass, q_block, kv_block, value / static_cast<float>(rows));
   }
 };
 
-template <typename Element, int kHeadDim, bool kWithMass>
-__global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
-                                  LogitTraits<Element, kHeadDim>::kBlocksPerSm)
-    score_cells_kernel(const __grid_constant__ ScoreProblem p) {
-  using Traits = LogitTraits<Element, kHeadDim>;
-  extern __shared__ __align__(1024) unsigned char shared[];
+template <typename Traits, bool kWithMass>
+PROXYATTN_DEVICE void run_cells_chunk(const ScoreChunk& chunk, unsigned char* shared) {
+  const ScoreProblem& p = chunk.p;
+  const ScoreWork& work = chunk.work;
+  const ScoreSource& source = chunk.source;
+  const int chunk_keys = source.chunk_keys;
   float* peaks = reinterpret_cast<float*>(shared + Traits::kSharedBytes);
-  float* masses = peaks + subcell_floats(p.chunk_keys);
-  const ScoreItem item(p, blockIdx.x);
-  const ScoreTile<Traits> tile(p, item);
+  float* masses = peaks + subcell_floats(chunk_keys);
+  const int first_key = chunk.first_key();
+  const int end_key = chunk.end_key();
   int num_columns = 0;
 
-  if (tile.first_key < tile.end_key) {
+  if (first_key < end_key) {
+    const ScoreTile<Traits> tile(chunk);
     LogitTiles<Traits> logits(shared);
     logits.load_rows(tile.halves[0], tile.halves[1], p.q_strides.token, p.q_aligned);
     CellConsumer<Traits, kWithMass> consumer;
-    consumer.unmasked_keys = tile.unmasked_keys;
-    consumer.chunk_first_key = tile.first_key;
+    consumer.unmasked_keys = chunk.unmasked_keys();
+    consumer.chunk_first_key = first_key;
     consumer.factor = p.factor;
-    consumer.pitch = subcell_pitch(p.chunk_keys);
+    consumer.pitch = subcell_pitch(chunk_keys);
     consumer.peaks = peaks;
     consumer.masses = masses;
-    find_limits<Traits>(consumer.limits, p, item);
-    const float* lse = p.lse + item.list * p.lse_pitch;
+    find_limits<Traits>(consumer.limits, chunk);
+    const float* lse = p.lse + work.list * p.lse_pitch + source.first_lse;
     PROXYATTN_UNROLL
     for (int r = 0; r < Traits::kRowTiles; ++r) {
       PROXYATTN_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = item.first_row + Traits::row(r, half);
-        consumer.lse[r][half] = row < p.num_rows ? lse[row] : 0.0f;
+        const int64_t row = work.first_row + Traits::row(r, half);
+        consumer.lse[r][half] = row < source.num_rows ? lse[row] : 0.0f;
       }
     }
-    logits.for_each_tile(tile.keys, tile.first_key, tile.end_key, consumer);
-    num_columns = round_up(tile.end_key - tile.first_key, Traits::kTileKeys) / kSubcell;
+    logits.for_each_tile(tile.keys, first_key, end_key, consumer);
+    num_columns = round_up(end_key - first_key, Traits::kTileKeys) / kSubcell;
     __syncthreads();  // all subcells are written
   }
 
-  PeakWriter write_peak(p, item);
-  merge_subcells<MaxOp>(p, peaks, num_columns, Traits::kWarps, write_peak);
+  PeakWriter write_peak(chunk);
+  merge_subcells<MaxOp>(p, chunk_keys, peaks, num_columns, Traits::kWarps, write_peak);
   if constexpr (kWithMass) {
-    MassWriter write_mass(p, item);
-    merge_subcells<SumOp>(p, masses, num_columns, Traits::kWarps, write_mass);
+    MassWriter write_mass(chunk);
+    merge_subcells<SumOp>(p, chunk_keys, masses, num_columns, Traits::kWarps, write_mass);
   }
+}
+
+template <typename Element, int kHeadDim, bool kWithMass, bool kPacked>
+__global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
+                                  LogitTraits<Element, kHeadDim>::kBlocksPerSm)
+    score_cells_kernel(const __grid_constant__ ScoreProblem p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  for_each_chunk<kPacked>(p, [&](const ScoreChunk& chunk) {
+    run_cells_chunk<LogitTraits<Element, kHeadDim>, kWithMass>(chunk, shared);
+  });
 }
 
 }  // namespace proxyattn::cuda

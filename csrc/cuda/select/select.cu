@@ -3,7 +3,9 @@
 #include "common/validate.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/limits.h"
+#include "cuda/select/rows.h"
 #include "cuda/select/select_kernel.cuh"
+#include "cuda/sequences/packed.h"
 
 namespace proxyattn::cuda {
 namespace {
@@ -13,22 +15,28 @@ constexpr const char* kOp = "select_blocks";
 // Rows with at most `capacity` visible blocks are sorted by one thread block of this shape.
 struct SizeClass {
   int64_t capacity;
-  void (*launch)(const SelectArgs& args, int64_t end_row, int64_t num_rows, Stream stream);
+  int64_t threads;
+  void (*launch)(const SelectArgs& args, const RowClass& rows, int64_t num_ctas, Stream stream);
 };
 
 template <int kThreads, int kItems, int kParts>
-void launch_class(const SelectArgs& args, int64_t end_row, int64_t num_rows, Stream stream) {
-  LaunchShape shape{num_rows * args.num_lists};
+void launch_class(const SelectArgs& args, const RowClass& rows, int64_t num_ctas, Stream stream) {
+  LaunchShape shape{num_ctas};
   shape.threads = kThreads;
   shape.shared_bytes = sizeof(typename RowSelector<kThreads, kItems, kParts>::Shared);
   static_assert(sizeof(typename RowSelector<kThreads, kItems, kParts>::Shared) <=
                 kPortableSharedBytes);
-  launch<select_blocks_kernel<kThreads, kItems, kParts>>(kOp, shape, stream, args, end_row);
+  if (args.is_packed()) {
+    launch<select_packed_kernel<kThreads, kItems, kParts>>(kOp, shape, stream, args, rows);
+  } else {
+    launch<select_blocks_kernel<kThreads, kItems, kParts>>(kOp, shape, stream, args, rows);
+  }
 }
 
 template <int kThreads, int kItems, int kParts>
 constexpr SizeClass make_class() {
-  return {RowSelector<kThreads, kItems, kParts>::kCapacity, launch_class<kThreads, kItems, kParts>};
+  return {RowSelector<kThreads, kItems, kParts>::kCapacity, kThreads,
+          launch_class<kThreads, kItems, kParts>};
 }
 
 constexpr SizeClass kSizeClasses[] = {
@@ -38,15 +46,20 @@ constexpr SizeClass kSizeClasses[] = {
 };
 static_assert(kSizeClasses[6].capacity == kMaxCudaKvBlocks);
 
+// Of the thread blocks that look for packed rows of a class, on a multiprocessor: about what runs
+// at once, since sorts take many registers.
+constexpr int64_t kPackedThreads = 1024;
+
 SelectArgs make_args(const SelectParams& p) {
   SelectArgs args{};
   args.grid = {p.q_len, p.kv_len, p.q_block, p.kv_block, p.q_offset, p.causal};
   args.num_sink_blocks = p.num_sink_blocks;
   args.num_local_blocks = p.num_local_blocks;
-  args.num_lists = p.batch * p.proxy_heads;
+  args.packed = packed_table(p);
+  args.num_lists = is_packed(p) ? p.proxy_heads : p.batch * p.proxy_heads;
   args.scores = {p.rows.begin, p.rows.end - p.rows.begin};
   args.lists = {p.list_rows.begin, p.list_rows.end - p.list_rows.begin};
-  args.num_blocks = args.grid.num_kv_blocks();
+  args.num_blocks = args.list_capacity = args.grid.num_kv_blocks();
   args.list_heads = p.q_heads / p.proxy_heads;
   args.min_blocks = ceil_div(min_of(p.min_budget, p.kv_len), p.kv_block);
   args.only_prefixes = p.only_prefixes;
@@ -80,8 +93,22 @@ void launch_rows(const SelectArgs& args, int64_t begin, int64_t end, Stream stre
         }
       }
     }
-    size->launch(args, end, end - first, stream);
+    size->launch(args, RowClass{end, 0, 0}, (end - first) * args.num_lists, stream);
     end = first;
+  }
+}
+
+// Launches every class that there can be rows of; the device finds out which they are.
+void launch_packed(const SelectArgs& args, Stream stream) {
+  const int64_t num_units = args.scores.count * args.num_lists;
+  const int64_t threads =
+      int64_t{device_attribute(kOp, cudaDevAttrMultiProcessorCount)} * kPackedThreads;
+  int64_t too_short = -1;
+  for (const SizeClass& size : kSizeClasses) {
+    const RowClass rows{0, static_cast<int>(too_short), static_cast<int>(size.capacity)};
+    size.launch(args, rows, min_of(num_units, threads / size.threads), stream);
+    if (size.capacity >= args.num_blocks) break;
+    too_short = size.capacity;
   }
 }
 
@@ -91,7 +118,12 @@ void select_blocks(const SelectParams& params, Stream stream) {
   validate_select(params);
   const SelectArgs args = make_args(params);
   check_num_kv_blocks(kOp, args.num_blocks);
-  launch_rows(args, params.rows.begin, params.rows.end, stream);
+  if (params.batch == 0) return;
+  if (is_packed(params)) {
+    launch_packed(args, stream);
+  } else {
+    launch_rows(args, params.rows.begin, params.rows.end, stream);
+  }
 }
 
 }  // namespace proxyattn::cuda

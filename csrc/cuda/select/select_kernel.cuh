@@ -4,11 +4,16 @@
 //   indices     [batch * proxy_heads, list rows, blocks]
 //   counts      [batch, q_heads, list rows]
 //
-// A thread block owns one list: one proxy head of one batch entry, one query block. The forced
+// Packed sequences are one batch entry whose rows are the query blocks of all of them; budgets and
+// shares have a row for each sequence.
+//
+// A thread block works on one list: one proxy head of one batch entry, one query block. The forced
 // blocks take the first places by formula, and what is left of the visible blocks is the range
 // [num_sinks, local_begin), which a radix sort in shared memory puts in order of falling peak. The
 // sort is stable and is given the blocks from the latest down, so of equal peaks the later block
-// comes first. Each thread holds kItems keys; rows are launched in classes by their length.
+// comes first. Each thread holds kItems keys; rows are launched in classes by their length. Of
+// packed rows only the device knows which class they are of: the thread blocks of every class look
+// through all of them (rows.h).
 //
 // Where only the first places need be in order, the key of the last of them is found bit by bit,
 // and what is not behind it sorted by itself.
@@ -29,37 +34,12 @@
 #include "common/block_grid.h"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/warp.cuh"
+#include "cuda/select/rows.h"
 
 namespace proxyattn::cuda {
 
 // Of the mass outside the forced blocks, what may be missing at a need: rounding costs no block.
 inline constexpr double kNeedSlack = 1e-6;
-
-// Which query blocks a tensor has rows for.
-struct RowsHeld {
-  int64_t first;
-  int64_t count;
-};
-
-struct SelectArgs {
-  BlockGrid grid;
-  int64_t num_sink_blocks;
-  int64_t num_local_blocks;
-  int64_t num_lists;   // batch * proxy_heads
-  RowsHeld scores;     // peak and mass
-  RowsHeld lists;      // indices and counts
-  int64_t num_blocks;  // key blocks
-  int64_t list_heads;  // query heads that read one list
-  int64_t min_blocks;
-  bool only_prefixes;
-  const float* peak;
-  const float* mass;       // null unless top-p
-  const int32_t* budgets;  // null with top-p
-  const float* shares;     // null unless top-p
-  int32_t* indices;
-  int32_t* counts;
-  double gamma;
-};
 
 // Unsigned keys whose rising order is that of falling peaks. NaN counts as +inf, -0 as +0.
 PROXYATTN_DEVICE uint32_t falling_key(float peak) {
@@ -67,31 +47,6 @@ PROXYATTN_DEVICE uint32_t falling_key(float peak) {
   const uint32_t bits = peak == 0.0f ? 0u : __float_as_uint(peak);
   return (bits & 0x80000000u) != 0 ? bits : ~(bits | 0x80000000u);
 }
-
-// What a thread block must know of its row. Kept in shared memory, because the sort needs every
-// register.
-struct Row {
-  int64_t list;
-  int64_t idx;  // among the rows of the lists
-  const float* peak;
-  const float* mass;
-  int32_t* ranking;
-  ForcedBlocks forced;
-  int num_forced;
-  int visible;
-
-  PROXYATTN_DEVICE Row(const SelectArgs& args, int64_t list_idx, int64_t m)
-      : list(list_idx),
-        idx(m - args.lists.first),
-        forced(args.grid, m, args.num_sink_blocks, args.num_local_blocks) {
-    const int64_t scores = (list * args.scores.count + m - args.scores.first) * args.num_blocks;
-    peak = args.peak + scores;
-    mass = args.mass == nullptr ? nullptr : args.mass + scores;
-    ranking = args.indices + (list * args.lists.count + idx) * args.num_blocks;
-    num_forced = static_cast<int>(forced.count());
-    visible = static_cast<int>(forced.visible);
-  }
-};
 
 // Number of the `count` rising keys that are below `key`, or at most `key` when kOrEqual.
 template <bool kOrEqual>
@@ -259,7 +214,7 @@ struct RowSelector {
     if (threadIdx.x == 0) shared.longest = 0;
     __syncthreads();  // orders the start value before what threads find
     for (int64_t i = threadIdx.x; i < args.list_heads; i += kThreads) {
-      const int64_t count = clamp_count(args.budgets[row.list * args.list_heads + i]);
+      const int64_t count = clamp_count(args.budgets[row.first_need + i]);
       if (count < row.visible) atomicMax(&shared.longest, static_cast<int>(count));
     }
     __syncthreads();  // all have been found
@@ -370,7 +325,7 @@ struct RowSelector {
     for (int i = thread; i < row.num_forced; i += kThreads) {
       row.ranking[i] = static_cast<int32_t>(row.forced.block_at(i));
     }
-    for (int64_t i = row.visible + thread; i < args.num_blocks; i += kThreads) row.ranking[i] = -1;
+    for (int i = row.visible + thread; i < row.list_end; i += kThreads) row.ranking[i] = -1;
 
     int32_t* ranking = row.ranking + row.num_forced;
     const int num_free = row.visible - row.num_forced;
@@ -454,31 +409,82 @@ struct RowSelector {
 
   PROXYATTN_DEVICE void count() const {
     const double total = args.shares == nullptr ? 0.0 : sum_runs();
-    // Heads are numbered over the batch, as lists are.
-    const int64_t end = (row.list + 1) * args.list_heads;
-    for (int64_t head = row.list * args.list_heads + threadIdx.x; head < end; head += kThreads) {
+    for (int64_t i = threadIdx.x; i < args.list_heads; i += kThreads) {
+      const int64_t need = row.first_need + i;
       const int64_t blocks =
-          args.shares == nullptr ? args.budgets[head] : blocks_to_hold(args.shares[head], total);
-      args.counts[head * args.lists.count + row.idx] = static_cast<int32_t>(clamp_count(blocks));
+          args.shares == nullptr ? args.budgets[need] : blocks_to_hold(args.shares[need], total);
+      row.counts[i * args.lists.count] = static_cast<int32_t>(clamp_count(blocks));
     }
   }
 };
 
 template <int kThreads, int kItems, int kParts>
 __global__ void __launch_bounds__(kThreads, 1)
-    select_blocks_kernel(const __grid_constant__ SelectArgs args, int64_t end_row) {
+    select_blocks_kernel(const __grid_constant__ SelectArgs args,
+                         const __grid_constant__ RowClass rows) {
   using Selector = RowSelector<kThreads, kItems, kParts>;
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   __shared__ __align__(16) unsigned char row_bytes[sizeof(Row)];
   if (threadIdx.x == 0) {
-    const int64_t list = blockIdx.x % args.num_lists;
-    new (row_bytes) Row(args, list, end_row - 1 - blockIdx.x / args.num_lists);
+    const RowClass::Unit unit = rows.unit(args, blockIdx.x);
+    new (row_bytes) Row(args, unit.list, unit.block);
   }
   __syncthreads();  // orders the row's facts before their readers
   const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes),
                           *reinterpret_cast<const Row*>(row_bytes)};
   selector.rank();
   selector.count();
+}
+
+// The first unit from `first` on, `step` at a time, whose row is of the class; by a whole warp.
+PROXYATTN_DEVICE int64_t find_unit(const SelectArgs& args,
+                                   const RowClass& rows,
+                                   int64_t first,
+                                   int64_t step) {
+  while (true) {
+    const RowClass::Match match =
+        rows.match(args, rows.unit(args, first + warp_lane() * step).block);
+    const unsigned found = __ballot_sync(kAllLanes, match == RowClass::Match::kYes);
+    if (found != 0) return first + (__ffs(static_cast<int>(found)) - 1) * step;
+    if (__any_sync(kAllLanes, match == RowClass::Match::kNoneLeft)) return RowClass::kNoUnit;
+    first += kWarpLanes * step;
+  }
+}
+
+// What the registers of a multiprocessor are shared out to: a compiler that may keep addresses from
+// row to row would take too many.
+constexpr int packed_ctas(int threads) {
+  return threads == 128 ? 8 : threads == 256 ? 3 : 1;
+}
+
+// Works on one row after another: a kernel of its own, since a loop costs registers.
+template <int kThreads, int kItems, int kParts>
+__global__ void __launch_bounds__(kThreads, packed_ctas(kThreads))
+    select_packed_kernel(const __grid_constant__ SelectArgs args,
+                         const __grid_constant__ RowClass rows) {
+  using Selector = RowSelector<kThreads, kItems, kParts>;
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  __shared__ __align__(16) unsigned char row_bytes[sizeof(Row)];
+  __shared__ int64_t current;  // unit
+  const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes),
+                          *reinterpret_cast<const Row*>(row_bytes)};
+  if (threadIdx.x == 0) current = blockIdx.x - int64_t{gridDim.x};
+  PROXYATTN_NO_UNROLL
+  while (true) {
+    __syncthreads();  // the row before is done with
+    if (threadIdx.x < kWarpLanes) {
+      const int64_t found = find_unit(args, rows, current + gridDim.x, gridDim.x);
+      if (leads_warp()) {
+        current = found;
+        const RowClass::Unit unit = rows.unit(args, found);
+        if (found != RowClass::kNoUnit) new (row_bytes) Row(args, unit.list, unit.block);
+      }
+    }
+    __syncthreads();  // orders the row's facts before their readers
+    if (current == RowClass::kNoUnit) return;
+    selector.rank();
+    selector.count();
+  }
 }
 
 }  // namespace proxyattn::cuda

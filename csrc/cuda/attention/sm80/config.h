@@ -33,7 +33,7 @@ constexpr int num_slots(int tile_rows) {
 }
 
 // Room behind the tiles for what the thread block works on.
-inline constexpr int kBlockWorkBytes = 48;
+inline constexpr int kBlockWorkBytes = 64;
 
 constexpr int shared_bytes(int head_dim, int tile_rows) {
   constexpr int kElementBytes = 2;

@@ -3,7 +3,9 @@
 // over the keys j of the chosen blocks that query i can see.
 //
 // In: q [batch, q_len, q_heads, head_dim], k and v [batch, kv_len, kv_heads, head_dim], lists of
-// key blocks. Out: out like q, lse [batch, q_heads, q_len].
+// key blocks. Out: out like q, lse [batch, q_heads, q_len]. Of packed sequences q, out and lse are
+// one batch entry, and k and v one or an entry for each page; their kernels are of their own, since
+// what a batch has once takes registers there.
 //
 // A thread block owns kTileRows consecutive queries of one head, inside one query block; a warp
 // owns kWarpRows of them with all their scores and sums in registers. Key tiles of kTileKeys keys
@@ -28,19 +30,22 @@
 #include "cuda/attention/sm80/products.cuh"
 #include "cuda/attention/sm80/rows.cuh"
 #include "cuda/attention/sm80/traits.h"
+#include "cuda/common/key_rows.cuh"
 #include "cuda/common/macros.cuh"
 #include "cuda/common/mask.cuh"
-#include "cuda/common/tile.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/sequences/page_table.h"
 
 namespace proxyattn::cuda::sm80 {
 
 struct KernelParams {
   AttentionParams args;
   TileSchedule schedule;
-  int num_kv_blocks;
-  float factor;  // scale * log2(e)
+  PackedSchedule packed;
+  PageTable pages;
+  int num_kv_blocks;  // of a batch entry
+  float factor;       // scale * log2(e)
   // Rows that start at multiples of 16 bytes.
   bool q_aligned;
   bool k_aligned;
@@ -63,27 +68,53 @@ PROXYATTN_DEVICE Element* head_rows(Element* base,
 template <typename Element>
 struct BlockWork {
   QueryTile query;
-  const Element* keys;    // key 0 of the head
-  const Element* values;  // key 0 of the head
+  int q_start;   // token of query 0
+  int q_offset;  // position of query 0
+  int kv_len;
+  int list_row;           // query block, as lists number it
+  int sequence;           // row of the page table
+  const Element* keys;    // key 0 of the head; with pages: its row in page 0
+  const Element* values;  // the same of values
 };
 
-template <typename Element>
+template <bool kPacked, typename Element>
 PROXYATTN_DEVICE void set_work(BlockWork<Element>& work, const KernelParams& params) {
   const AttentionParams& args = params.args;
-  work.query = params.schedule.tile(blockIdx.x);
+  int64_t first_key = 0;
+  if constexpr (kPacked) {
+    const Sequence* sequence = params.packed.find(blockIdx.x, work.query);
+    if (sequence == nullptr) {
+      work.query.num_queries = 0;
+      return;
+    }
+    first_key = sequence->kv_start;
+    work.q_start = sequence->q_start;
+    work.q_offset = sequence->offset;
+    work.kv_len = sequence->kv_len;
+    work.list_row = sequence->first_q_block + work.query.q_block_idx;
+    work.sequence = sequence->idx;
+  } else {
+    work.query = params.schedule.tile(blockIdx.x);
+    work.q_start = 0;
+    work.q_offset = static_cast<int>(args.q_offset);
+    work.kv_len = static_cast<int>(args.kv_len);
+    work.list_row = work.query.q_block_idx;
+  }
   const int batch_idx = work.query.batch_idx;
   const int kv_head_idx = work.query.head_idx / static_cast<int>(params.schedule.group_heads);
-  work.keys =
-      head_rows(static_cast<const Element*>(args.k), args.k_strides, batch_idx, kv_head_idx, 0);
-  work.values =
-      head_rows(static_cast<const Element*>(args.v), args.v_strides, batch_idx, kv_head_idx, 0);
+  work.keys = head_rows(static_cast<const Element*>(args.k), args.k_strides, batch_idx, kv_head_idx,
+                        first_key);
+  work.values = head_rows(static_cast<const Element*>(args.v), args.v_strides, batch_idx,
+                          kv_head_idx, first_key);
 }
 
 // Copies key and value tiles into the ring; tile number t goes to slot t % kSlots.
-template <typename Traits>
+template <typename Traits, bool kPacked>
 struct KeyValueRing {
+  using Element = typename Traits::Element;
+
   const KernelParams& params;
-  const BlockWork<typename Traits::Element>& work;
+  const BlockWork<Element>& work;
   uint32_t base;
 
   PROXYATTN_DEVICE uint32_t slot(int tile) const {
@@ -91,21 +122,32 @@ struct KeyValueRing {
   }
 
   PROXYATTN_DEVICE void load_keys(int tile, int first_key, int thread) const {
-    const int64_t stride = params.args.k_strides.token;
-    Traits::KeyLoader::load(slot(tile), work.keys + first_key * stride, stride,
-                            static_cast<int>(params.args.kv_len) - first_key, params.k_aligned,
-                            thread);
+    load(work.keys, params.args.k_strides, params.k_aligned, tile, first_key, thread);
   }
 
   PROXYATTN_DEVICE void load_values(int tile, int first_key, int thread) const {
-    const int64_t stride = params.args.v_strides.token;
-    Traits::KeyLoader::load(slot(tile), work.values + first_key * stride, stride,
-                            static_cast<int>(params.args.kv_len) - first_key, params.v_aligned,
-                            thread);
+    load(work.values, params.args.v_strides, params.v_aligned, tile, first_key, thread);
+  }
+
+ private:
+  PROXYATTN_DEVICE void load(const Element* first,
+                             const TokenStrides& strides,
+                             bool aligned,
+                             int tile,
+                             int first_key,
+                             int thread) const {
+    const int kv_len = kPacked ? work.kv_len : static_cast<int>(params.args.kv_len);
+    const KeyRows<Element> rows{first, strides.token, kv_len, aligned};
+    if (kPacked && params.pages.pages != nullptr) {
+      const PagedKeyRows<Element> paged{rows, strides.batch, params.pages, work.sequence};
+      paged.template load<typename Traits::KeyLoader>(slot(tile), first_key, thread);
+    } else {
+      rows.template load<typename Traits::KeyLoader>(slot(tile), first_key, thread);
+    }
   }
 };
 
-template <typename Traits>
+template <typename Traits, bool kPacked>
 __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
     attention_kernel(const __grid_constant__ KernelParams params) {
   using Element = typename Traits::Element;
@@ -117,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
 
   const int thread = static_cast<int>(threadIdx.x);
   auto& work = *reinterpret_cast<BlockWork<Element>*>(shared_memory + Traits::kTileBytes);
-  if (thread == 0) set_work(work, params);
+  if (thread == 0) set_work<kPacked>(work, params);
   // Shows thread 0's `work` to all.
   __syncthreads();
   const AttentionParams& args = params.args;
@@ -126,24 +168,27 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
   const int lane = thread % kWarpLanes;
   const int warp_row = thread / kWarpLanes * Traits::kWarpRows;
 
-  const KeyMask mask(args.causal, args.q_offset + query.first_query, args.kv_len);
+  const int64_t kv_len = kPacked ? work.kv_len : args.kv_len;
+  const int64_t q_offset = kPacked ? work.q_offset : args.q_offset;
+  const KeyMask mask(args.causal, q_offset + query.first_query, kv_len);
   const int key_limit = mask.limit(query.num_queries - 1);
   const int kv_block = static_cast<int>(args.kv_block);
+  const int num_blocks = kPacked ? ceil_div(work.kv_len, kv_block) : params.num_kv_blocks;
   KeyTileWalk<kTileKeys> walk(
-      args.indices == nullptr
-          ? all_blocks(key_limit, kv_block)
-          : chosen_blocks(args, query.batch_idx, query.head_idx, query.q_block_idx),
-      kv_block, params.num_kv_blocks, key_limit);
+      args.indices == nullptr ? all_blocks(key_limit, kv_block)
+                              : chosen_blocks(args, query.batch_idx, query.head_idx, work.list_row),
+      kv_block, num_blocks, key_limit);
 
   const uint32_t query_tile = ptx::shared_address(shared_memory);
   const uint32_t warp_queries =
       query_tile + Traits::Tile::kRowBytes * static_cast<uint32_t>(warp_row);
-  const KeyValueRing<Traits> ring{params, work, query_tile + Traits::kQueryBytes};
+  const KeyValueRing<Traits, kPacked> ring{params, work, query_tile + Traits::kQueryBytes};
 
   int first_key = walk.next();
   if (first_key != walk.kEnd) {
-    const Element* queries = head_rows(static_cast<const Element*>(args.q), args.q_strides,
-                                       query.batch_idx, query.head_idx, query.first_query);
+    const Element* queries =
+        head_rows(static_cast<const Element*>(args.q), args.q_strides, query.batch_idx,
+                  query.head_idx, work.q_start + query.first_query);
     Traits::QueryLoader::load(query_tile, queries, args.q_strides.token, query.num_queries,
                               params.q_aligned, thread);
     ring.load_keys(0, first_key, thread);
@@ -204,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
 
   normalise<Traits>(sums, state);
   const int valid_rows = query.num_queries - warp_row;
-  const int first_query = query.first_query + warp_row;
+  const int first_query = work.q_start + query.first_query + warp_row;  // token
   if (args.lse != nullptr) {
     const int64_t head_row = query.batch_idx * args.q_heads + query.head_idx;
     store_lse<Traits>(args.lse + head_row * args.lse_pitch + first_query, state, params.factor,

@@ -14,6 +14,8 @@
 #include "cuda/common/launch.h"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/tile.cuh"
+#include "cuda/sequences/packed.h"
+#include "cuda/sequences/page_table.h"
 
 namespace proxyattn::cuda::sm80 {
 
@@ -36,14 +38,28 @@ void launch_tiles(const AttentionParams& p, Stream stream) {
   kernel.schedule = make_schedule(p, Traits::kTileRows, section_bytes);
   kernel.num_kv_blocks = static_cast<int>(ceil_div(p.kv_len, p.kv_block));
   kernel.factor = p.scale * kLog2E;
-  kernel.q_aligned = rows_are_aligned(p.q, p.q_strides, p.batch, p.q_len, p.q_heads);
-  kernel.k_aligned = rows_are_aligned(p.k, p.k_strides, p.batch, p.kv_len, p.kv_heads);
-  kernel.v_aligned = rows_are_aligned(p.v, p.v_strides, p.batch, p.kv_len, p.kv_heads);
-  kernel.out_aligned = rows_are_aligned(p.out, p.out_strides, p.batch, p.q_len, p.q_heads);
-  LaunchShape shape{kernel.schedule.num_thread_blocks()};
+  // Packed queries are one batch entry, pages of keys are one each.
+  const bool packed = is_packed(p);
+  const int64_t q_entries = packed ? 1 : p.batch;
+  const int64_t kv_entries = packed ? p.packed.num_pages : p.batch;
+  const int64_t q_tokens = packed ? p.packed.total_q : p.q_len;
+  kernel.q_aligned = rows_are_aligned(p.q, p.q_strides, q_entries, q_tokens, p.q_heads);
+  kernel.k_aligned = rows_are_aligned(p.k, p.k_strides, kv_entries, p.kv_len, p.kv_heads);
+  kernel.v_aligned = rows_are_aligned(p.v, p.v_strides, kv_entries, p.kv_len, p.kv_heads);
+  kernel.out_aligned = rows_are_aligned(p.out, p.out_strides, q_entries, q_tokens, p.q_heads);
+  LaunchShape shape{};
+  shape.grid_y = shape.grid_z = 1;
   shape.threads = kThreads;
   shape.shared_bytes = Traits::kSharedBytes;
-  launch<attention_kernel<Traits>>(kOp, shape, stream, kernel);
+  if (packed) {
+    kernel.packed = make_packed_schedule(p, Traits::kTileRows, section_bytes);
+    kernel.pages = PageTable(p.packed);
+    shape.grid_x = kernel.packed.num_thread_blocks();
+    launch<attention_kernel<Traits, true>>(kOp, shape, stream, kernel);
+  } else {
+    shape.grid_x = kernel.schedule.num_thread_blocks();
+    launch<attention_kernel<Traits, false>>(kOp, shape, stream, kernel);
+  }
 }
 
 // Large tiles read shared memory half as often, but one block alone on an SM leaves its tensor
@@ -55,6 +71,7 @@ inline bool two_blocks_fit(int shared_bytes_per_block) {
 
 template <int kHeadDim, DType kDType>
 void launch_attention(const AttentionParams& params, Stream stream) {
+  if (params.batch == 0) return;
   if constexpr (has_large_tile(kHeadDim)) {
     using Large = Traits<kHeadDim, kDType, kLargeTileRows>;
     if (params.q_block % kLargeTileRows == 0 && two_blocks_fit(Large::kSharedBytes)) {
