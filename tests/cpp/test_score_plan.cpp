@@ -59,33 +59,39 @@ int64_t num_blocks(const Shape& shape) {
   return (shape.q_len + shape.block - 1) / shape.block;
 }
 
-TEST(passes_cover_every_row_of_every_list_once) {
+int64_t ceil_of(int64_t numerator, int64_t denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
+
+TEST(passes_share_out_slots_and_row_tiles) {
   for (const Shape& shape : kShapes) {
     const ScorePlan plan(params_of(shape, {0, num_blocks(shape)}));
-    const int64_t lists = shape.batch * shape.proxy_heads;
-    const int64_t row_tiles = (plan.num_rows() + plan.tile_rows() - 1) / plan.tile_rows();
-    std::vector<int64_t> next(static_cast<size_t>(lists), row_tiles);  // not covered before
+    const int64_t rows = ceil_of(shape.q_len, shape.stride);
+    CHECK_EQ(plan.max_tiles(), shape.batch * shape.proxy_heads * ceil_of(rows, plan.tile_rows()));
+    int64_t slots = 0;
+    int64_t tiles = 0;
     plan.for_each_pass([&](const ScorePass& pass) {
-      CHECK(pass.begin < pass.end && pass.num_lists > 0);
-      for (int64_t list = 0; list < pass.num_lists; ++list) {
-        int64_t& end = next[static_cast<size_t>(pass.first_list + list)];
-        CHECK_EQ(end, pass.end);
-        end = pass.begin;
-      }
+      CHECK_EQ(pass.slots_begin, slots);
+      CHECK_EQ(pass.tiles_begin, tiles);
+      CHECK(pass.slots_begin < pass.slots_end && pass.tiles_begin <= pass.tiles_end);
+      slots = pass.slots_end;
+      tiles = pass.tiles_end;
     });
-    for (const int64_t rest : next) CHECK_EQ(rest, 0);
+    CHECK(slots >= plan.lists() * plan.slots().list_slots);
+    CHECK_EQ(tiles, plan.max_tiles());
   }
 }
 
+// A row tile is of the pass that its first slot lies in, and may reach over its end.
 TEST(scratch_holds_every_pass) {
   for (const Shape& shape : kShapes) {
     const ScorePlan plan(params_of(shape, {0, num_blocks(shape)}));
-    int64_t passes = 0;
-    plan.for_each_pass([&](const ScorePass& pass) {
-      ++passes;
-      CHECK(pass.num_lists * pass.list_slots << plan.chunk_shift() <= plan.max_places());
-    });
-    CHECK(passes * int64_t{sizeof(int32_t)} <= plan.counter_bytes());
+    const int64_t keys = ceil_of(ceil_of(shape.kv_len, shape.stride), 128);
+    const int64_t longest = ceil_of(keys, int64_t{1} << plan.chunk_shift());
+    const int64_t needed = plan.num_passes() == 1 ? plan.lists() * plan.slots().list_slots
+                                                  : plan.pass_slots() + longest - 1;
+    CHECK(needed <= plan.max_slots());
+    CHECK(plan.num_passes() * int64_t{sizeof(int32_t)} <= plan.counter_bytes());
   }
 }
 

@@ -5,18 +5,10 @@
 
 #include "proxyattn/attention.h"
 
+#include "cuda/attention/sm90/tile_order.h"
 #include "cuda/common/tensor_map.h"
 
 namespace proxyattn::cuda::sm90 {
-
-inline bool is_packed(const AttentionParams& a) {
-  return a.packed.q_starts != nullptr;
-}
-
-// Packed sequences are one batch entry: what differs from one to the next the device knows.
-inline int64_t batch_entries(const AttentionParams& a) {
-  return is_packed(a) ? 1 : a.batch;
-}
 
 inline TensorSizes query_sizes(const AttentionParams& a) {
   return {is_packed(a) ? a.packed.total_q : a.q_len, a.head_dim, a.q_heads, batch_entries(a)};
