@@ -225,7 +225,7 @@ BAD_ARGUMENTS = [
     Bad(
         {"shares": lambda _: torch.zeros(3, 4), "budget_mode": "last_block"},
         ValueError,
-        'shares must be None with budget_mode="last_block", got a tensor',
+        "shares must be None with budget_mode 'last_block', got a tensor",
         ops=CHOOSING,
     ),
     # ---- out

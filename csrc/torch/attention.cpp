@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "common/math.h"
 #include "common/validate.h"
+#include "device_checks.h"
 #include "ops.h"
 
 namespace proxyattn::binding {
@@ -50,7 +51,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   check_shape(kOp, "indices", indices,
               {params.batch, params.list_heads, params.rows.end, params.list_capacity});
   check_shape(kOp, "counts", counts, {params.batch, params.q_heads, params.rows.end});
-  if (wants_lists_checked()) check_block_lists(indices, counts, params.kv_len, block_size);
+  if (wants_checks()) check_block_lists(indices, counts, params.kv_len, block_size);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);

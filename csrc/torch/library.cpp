@@ -62,6 +62,7 @@ void register_kernels(torch::Library& library) {
   library.impl("estimate_shares", estimate_shares);
   library.impl("select_blocks", select_blocks);
   library.impl("_check_block_lists", check_block_lists);
+  library.impl("_check_sequences", check_sequences);
   library.impl("block_sparse_attention", block_sparse_attention);
   library.impl("choose_blocks", choose_blocks);
   library.impl("proxy_attention", proxy_attention);
@@ -104,6 +105,9 @@ TORCH_LIBRARY(proxyattn, library) {
       "int stride, str pooling, int block_size, int num_proxy_heads, str budget_mode, "
       "int min_budget, int num_sink_blocks, int num_local_blocks, Tensor? shares, "
       "bool return_lse, int? max_workspace_bytes) -> (Tensor out, Tensor lse)");
+  library.def(
+      "_check_sequences(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "int max_seqlen_q, int max_seqlen_k, Tensor? block_table, Tensor? seqused_k) -> ()");
   // `out`, if given, is written, and the first result is then an unused one: what an op returns
   // must not be one of its arguments.
   library.def(

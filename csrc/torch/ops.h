@@ -56,10 +56,7 @@ TensorPair select_blocks(const at::Tensor& peak,
                          int64_t num_sink_blocks,
                          int64_t num_local_blocks);
 
-// PROXYATTN_CHECK in the environment asks every call of block_sparse_attention for the check below.
-bool wants_lists_checked();
-// Counts are in [0, capacity], and the entries that they cover are key blocks, each once in a list.
-// Copies a list at a time to the host.
+// What PROXYATTN_CHECK asks every call of block_sparse_attention for, see device_checks.h.
 void check_block_lists(const at::Tensor& indices,
                        const at::Tensor& counts,
                        int64_t kv_len,
@@ -108,6 +105,16 @@ TensorPair proxy_attention(const at::Tensor& q,
                            const std::optional<at::Tensor>& shares,
                            bool return_lse,
                            std::optional<int64_t> max_workspace_bytes);
+
+// What PROXYATTN_CHECK asks the calls below for, see device_checks.h.
+void check_sequences(const at::Tensor& q,
+                     const at::Tensor& k,
+                     const at::Tensor& cu_seqlens_q,
+                     const std::optional<at::Tensor>& cu_seqlens_k,
+                     int64_t max_seqlen_q,
+                     int64_t max_seqlen_k,
+                     const std::optional<at::Tensor>& block_table,
+                     const std::optional<at::Tensor>& seqused_k);
 
 TensorPair block_sparse_attention_varlen(const at::Tensor& q,
                                          const at::Tensor& k,

@@ -7,6 +7,7 @@
 #include "checks.h"
 #include "common/math.h"
 #include "common/validate.h"
+#include "device_checks.h"
 #include "ops.h"
 #include "packed.h"
 #include "settings.h"
@@ -47,6 +48,11 @@ TensorPair block_sparse_attention_varlen(const at::Tensor& q,
   check_input(kOp, "indices", indices, at::kInt,
               {params.list_heads, num_rows, params.list_capacity}, "q", q);
   check_input(kOp, "counts", counts, at::kInt, {params.q_heads, num_rows}, "q", q);
+  if (wants_checks()) {
+    const SequenceLengths lengths = check_lengths(
+        kOp, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k);
+    check_rows_of_lists(kOp, indices, counts, lengths.num_blocks(block_size));
+  }
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
@@ -106,6 +112,10 @@ TensorPair choose_blocks_varlen(const at::Tensor& q,
                     shares,
                     max_workspace_bytes};
   apply_settings(kOp, settings, q, params);
+  if (wants_checks()) {
+    check_lengths(kOp, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
+                  seqused_k);
+  }
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
@@ -169,6 +179,10 @@ TensorPair proxy_attention_varlen(const at::Tensor& q,
                     shares,
                     max_workspace_bytes};
   apply_settings(kOp, settings, q, params);
+  if (wants_checks()) {
+    check_lengths(kOp, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
+                  seqused_k);
+  }
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);

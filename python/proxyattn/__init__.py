@@ -15,7 +15,6 @@ except ImportError as error:
 
 from proxyattn import _meta
 from proxyattn._config import show_config, supported_configs
-from proxyattn._packed_checks import check_sequences
 from proxyattn.ops import (
     block_sparse_attention,
     check_block_lists,
@@ -30,6 +29,7 @@ from proxyattn.ops import (
 from proxyattn.settings import Settings
 from proxyattn.varlen import (
     block_sparse_attention_varlen,
+    check_sequences,
     choose_blocks_varlen,
     proxy_attention_varlen,
 )

@@ -53,11 +53,6 @@ def _default_of(mode_defaults: dict, value, budget_mode: str):
     return mode_defaults.get(budget_mode, 0)
 
 
-def checks_wanted() -> bool:
-    """Whether the environment asks for what only a look at the device's numbers shows."""
-    return os.environ.get("PROXYATTN_CHECK", "0") not in ("", "0")
-
-
 def pool_heads(
     q: Tensor,
     k: Tensor,

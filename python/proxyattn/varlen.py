@@ -25,20 +25,19 @@ Errors are raised as in :mod:`proxyattn.ops` for all that the host can see: shap
 strides, page sizes, capacities below 1, ``cu_seqlens_k`` and ``block_table`` both given or neither.
 What only the device knows is cut to what tensors and capacities hold: nothing outside is read or
 written, and the sequence's numbers mean nothing. With ``PROXYATTN_CHECK=1`` in the environment
-:func:`proxyattn.check_sequences` looks too, when the rest is known to be right, and raises.
+every call, of the ops too, begins with :func:`check_sequences`, and attention to lists with a check
+of these.
 """
 
 import torch
 from torch import Tensor
 
-from proxyattn._packed_checks import check_packed_lists, check_sequences
 from proxyattn.ops import (
     DEFAULT_BLOCK_SIZE,
     DEFAULT_GAMMA,
     DEFAULT_MIN_BUDGET,
     _default_of,
     _proxy_heads,
-    checks_wanted,
 )
 
 
@@ -111,19 +110,6 @@ def block_sparse_attention_varlen(
         return_lse,
         out,
     )
-    if checks_wanted():
-        lengths = check_sequences(
-            q,
-            k,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            block_table=block_table,
-            seqused_k=seqused_k,
-            op="block_sparse_attention_varlen",
-        )
-        check_packed_lists("block_sparse_attention_varlen", indices, counts, *lengths, block_size)
     return result if out is None else out, lse
 
 
@@ -167,7 +153,7 @@ def choose_blocks_varlen(
         and ``counts`` int32 ``[Hq, R]``. Query blocks behind the last sequence have counts of 0 and
         anything for indices.
     """
-    lists = torch.ops.proxyattn.choose_blocks_varlen(
+    return torch.ops.proxyattn.choose_blocks_varlen(
         q,
         k,
         cu_seqlens_q,
@@ -190,19 +176,6 @@ def choose_blocks_varlen(
         shares,
         max_workspace_bytes,
     )
-    if checks_wanted():
-        check_sequences(
-            q,
-            k,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            block_table=block_table,
-            seqused_k=seqused_k,
-            op="choose_blocks_varlen",
-        )
-    return lists
 
 
 def proxy_attention_varlen(
@@ -275,17 +248,30 @@ def proxy_attention_varlen(
         max_workspace_bytes,
         out,
     )
-    if checks_wanted():
-        check_sequences(
-            q,
-            k,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            block_table=block_table,
-            seqused_k=seqused_k,
-            op="proxy_attention_varlen",
-        )
     result = result if out is None else out
     return (result, lse) if return_lse else result
+
+
+def check_sequences(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    block_table: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> None:
+    """Raises ValueError unless sequences and pages lie where tensors and capacities let them.
+
+    Starts must not decrease nor lead outside, lengths not exceed the capacities, and the table name
+    pages that there are, as far as keys reach. The error names the first entry that is wrong. For
+    debugging: it waits for the device and copies these numbers to the host.
+
+    Args:
+        q, k, cu_seqlens_q, ..., seqused_k: as in :func:`block_sparse_attention_varlen`.
+    """
+    torch.ops.proxyattn._check_sequences(
+        q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k
+    )
