@@ -154,7 +154,7 @@ class _Hook:
         if not torch.compiler.is_compiling():
             record_dense(layer, reason)
         elif anything_recorded():
-            query = _ops.noting_dense(query, layer, reason)
+            query = _ops.note_dense(query, layer, reason)
         if causal is not None:
             attention_mask = dense_mask(causal, query.shape[2], query.device)
         return sdpa_attention_forward(
@@ -181,7 +181,7 @@ class _Hook:
         if not torch.compiler.is_compiling():
             return self.run(q, k, v, sequences, scale, layer)
         if sequences is not None or anything_recorded():
-            return _ops.run(self.name, q, k, v, sequences, scale, layer)
+            return _ops.run(q, k, v, sequences, scale, layer, self.name)
         return self._fitted(q, k).attend(q, k, v, scale)
 
     def run(
