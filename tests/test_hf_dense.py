@@ -1,6 +1,8 @@
 """What stays dense and why, the one warning that says so, and what is refused."""
 
 import gc
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -300,6 +302,21 @@ def test_a_mask_for_such_a_model_is_refused():
     model.set_attn_implementation("proxyattn")  # which transformers takes
     with pytest.raises(ValueError, match="supports neither SDPA"):
         model(prompt("cpu", 20))
+
+
+def test_models_outside_transformers_may_look_attention_up_in_their_way(monkeypatch):
+    module = ModuleType("modeling_outside")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class OutsideForCausalLM(transformers.LlamaForCausalLM):
+        __module__ = module.__name__  # whose source can't be read
+
+    with torch.device("meta"):
+        model = OutsideForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match="attention code of its own"):
+        hf.check_model(model)
+    module.ALL_ATTENTION_FUNCTIONS = transformers.AttentionInterface()
+    hf.check_model(model)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss", "Gemma3", "Bart"])

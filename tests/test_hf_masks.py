@@ -102,19 +102,21 @@ def test_padded_prompts_get_a_sign_that_stands_for_their_mask(changes):
     assert_same_bits(dense_mask(causal, Q_LEN, sign.device), expected)
 
 
-def test_a_sign_after_a_prefix_stands_for_its_mask():
-    sign = mask_of()
-    assert_same_bits(dense_mask(read_sign(sign), Q_LEN, sign.device), mask_of(sdpa_mask)[:1])
+@pytest.mark.parametrize("offset", [100, 250])
+def test_a_sign_after_a_prefix_stands_for_its_mask(offset):
+    sign, expected = mask_of(q_offset=offset), mask_of(sdpa_mask, q_offset=offset)
+    assert_same_bits(dense_mask(read_sign(sign), Q_LEN, sign.device), expected[:1])
     # Cut to the last two queries, by a model that needs no others.
     cut = read_sign(sign[:, :, -2:])
     assert cut.q_len == 2
-    assert_same_bits(dense_mask(cut, 2, sign.device), mask_of(sdpa_mask)[:1, :, -2:])
+    assert_same_bits(dense_mask(cut, 2, sign.device), expected[:1, :, -2:])
 
 
 def test_a_sign_of_a_whole_prompt_stands_for_no_mask():
-    sign = mask_of(q_length=KV_LEN, q_offset=0)
-    assert dense_mask(read_sign(sign), KV_LEN, sign.device) is None
-    assert mask_of(sdpa_mask, q_length=KV_LEN, q_offset=0) is None
+    for q_len in (KV_LEN, 100):  # behind the latter a static cache has room
+        sign = mask_of(q_length=q_len, q_offset=0)
+        assert dense_mask(read_sign(sign), q_len, sign.device) is None
+        assert mask_of(sdpa_mask, q_length=q_len, q_offset=0) is None
 
 
 NOT_CAUSAL = {

@@ -190,24 +190,19 @@ def _num_tokens(sequences: Tensor) -> int:
 
 
 def dense_mask(causal: Causal, q_len: int, device: torch.device) -> Tensor | None:
-    """The mask that SDPA would have got: bool ``[B or 1, 1, q_len, keys]``, or None.
-
-    Keys are the ``seen`` first, or all where the call says which sequence they belong to.
-    """
+    """The mask that SDPA would have got: bool ``[B or 1, 1, q_len, kv_len]``, or None."""
+    tokens = torch.arange(causal.kv_len, device=device)
+    queries = torch.arange(q_len, device=device)
     if causal.sequences is None:
         if q_len == causal.seen:
             return None
-        ones = torch.ones(q_len, causal.seen, dtype=torch.bool, device=device)
-        return ones.tril(causal.seen - q_len)[None, None]
+        return (tokens <= queries[:, None] + (causal.seen - q_len))[None, None]
     keys = causal.sequences.to(device)
-    num_tokens = (keys[:1] != _NO_TOKEN).sum()
-    positions = torch.arange(q_len, device=device) + num_tokens - q_len
-    queries = keys[:, positions]
-    earlier = torch.arange(causal.kv_len, device=device) <= positions[:, None]
+    positions = queries + (keys[0] != _NO_TOKEN).sum() - q_len
+    own = keys[:, positions, None]
     # A padded query sees what stands before it, as with transformers' own mask.
-    padded = (queries == _PADDING)[:, :, None]
-    same = (queries[:, :, None] == keys[:, None]) | padded
-    return (earlier & same & (keys > _PADDING)[:, None])[:, None]
+    same = (own == keys[:, None]) | (own == _PADDING)
+    return ((tokens <= positions[:, None]) & same & (keys > _PADDING)[:, None])[:, None]
 
 
 def attend_by_sequence(

@@ -131,8 +131,6 @@ class _Hook:
         refuse_arguments(kwargs, is_masked)
         if causal is not None:
             _check_lengths(causal, query, key)
-            if causal.sequences is None:
-                key, value = key[:, :, : causal.seen], value[:, :, : causal.seen]
         seen = key.shape[2] if causal is None else causal.seen
         sees_later = not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         q, k, v = _autocast(query, key, value)
@@ -148,6 +146,8 @@ class _Hook:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             self._fitted(q, k, module)
             sequences = None if causal is None else causal.sequences
+            if sequences is None:
+                k, v = k[:, :seen], v[:, :seen]
             return self._sparse(q, k, v, sequences, scaling, layer), None
         if reason != "short":
             warn_dense(module, reason, query)

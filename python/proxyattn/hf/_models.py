@@ -40,7 +40,7 @@ def check_model(model: PreTrainedModel) -> None:
 
 def refusal_of_class(cls: type[PreTrainedModel]) -> str | None:
     """Why a model class can't use the hook, None if it can."""
-    if not cls._can_set_attn_implementation():
+    if not (cls._can_set_attn_implementation() or _has_interface(cls)):
         problem = (
             "has attention code of its own, which never calls transformers' attention interface"
         )
@@ -51,6 +51,12 @@ def refusal_of_class(cls: type[PreTrainedModel]) -> str | None:
     else:
         return None
     return f"proxyattn: {cls.__name__} {problem}; use attn_implementation='eager' for this model"
+
+
+def _has_interface(cls: type[PreTrainedModel]) -> bool:
+    """Whether the module of the class looks attention functions up, in whatever way; transformers
+    knows its own way alone, and models outside it are written for older ones."""
+    return hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 @torch.compiler.assume_constant_result
