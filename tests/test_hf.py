@@ -5,21 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from retrieval import NUM_QUESTIONS, num_right, retrieval_prompt
-from tolerance import assert_close, assert_same_bits, to_numpy
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("proxyattn.hf")
-
-from hf_tiny import (  # noqa: E402
+from hf_tiny import (
     EXACT,
     THIN,
     assert_like_sdpa,
+    hf,
     logits_of,
     prompt,
     sparse_layers,
     tiny_model,
+    transformers,
 )
+from retrieval import NUM_QUESTIONS, num_right, retrieval_prompt
+from tolerance import assert_close, assert_same_bits, to_numpy
 
 CODE_MODEL = Path(__file__).parents[2] / "shared" / "models" / "code-llama-26m"
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
