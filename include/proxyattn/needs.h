@@ -1,5 +1,5 @@
-// Stage 3, what each head needs, from its attention in the last queries: estimate_budgets counts key
-// blocks, estimate_shares says how much the forced blocks hold.
+// Stage 3, what each head needs, from its attention in the last queries: estimate_budgets counts
+// key blocks, estimate_shares says how much the forced blocks hold.
 #pragma once
 
 #include <cstdint>

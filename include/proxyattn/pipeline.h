@@ -1,5 +1,5 @@
-// proxy_attention: the five stages in one call, its scratch carved from one workspace. choose_blocks
-// is the same but for the last stage.
+// proxy_attention: the five stages in one call, its scratch carved from one workspace.
+// choose_blocks is the same but for the last stage.
 #pragma once
 
 #include <cstdint>
