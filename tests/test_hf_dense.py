@@ -231,6 +231,12 @@ def test_the_reason_of_a_call(changes, reason):
     assert _call(**changes) == reason
 
 
+@torch.no_grad()
+def test_gradients_that_are_switched_off_are_none():
+    for name in "qkv":
+        assert _call(tensors={name: lambda x: x.requires_grad_()}) is None
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_tensors_of_two_dtypes_go_to_sdpa(name):
     with pytest.raises(RuntimeError, match="dtype"):  # which refuses them
@@ -310,6 +316,7 @@ def test_models_outside_transformers_may_look_attention_up_in_their_way(monkeypa
 
     class OutsideForCausalLM(transformers.LlamaForCausalLM):
         __module__ = module.__name__  # whose source can't be read
+        _can_set_attn_implementation_cached_value = None  # not that of Llama's own module
 
     with torch.device("meta"):
         model = OutsideForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
