@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-import transformers
+from hf_tiny import transformers
 
 LENGTH = 200
 #: Windows of this many tokens hide keys from a prompt of LENGTH.
@@ -52,6 +52,10 @@ _SIZES = {
 }
 
 
+_RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_NEWEST = (5, 24)  # which has all of these families
+
+
 @dataclass(frozen=True)
 class Family:
     """A model class, and what its layers do with a long prompt."""
@@ -67,11 +71,13 @@ class Family:
     caches: tuple[str, ...] = ("dynamic", "static")
     refused: str | None = None  # what the error says
     config: Callable | None = None  # makes one of parts
+    since: tuple[int, int] = (0, 0)  # before this release of transformers it ran otherwise
 
     def make(self, implementation: str) -> transformers.PreTrainedModel:
-        """A model; skips where transformers is too old to have the family."""
-        if not hasattr(transformers, self.model) and _is_old():
-            pytest.skip(f"transformers {transformers.__version__} has no {self.model} yet")
+        """A model; skips where transformers is too old to have the family, or has another."""
+        is_missing = not hasattr(transformers, self.model) and _RELEASE < _NEWEST
+        if is_missing or self.since > _RELEASE:
+            pytest.skip(f"transformers {transformers.__version__} has no {self.model} like this")
         cls = getattr(transformers, self.model)
         config = self.config() if self.config else self._config(cls.config_class)
         config._attn_implementation = implementation
@@ -104,11 +110,6 @@ class Family:
         return {(layer, self.padded_reason): calls for (layer, _), calls in self.dense.items()}
 
 
-def _is_old() -> bool:
-    """Older than the release that all these families were taken from."""
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 24)
-
-
 def _causal_lm(*names: str, **settings) -> list[Family]:
     return [Family(name, f"{name}ForCausalLM", settings) for name in names]
 
@@ -132,8 +133,9 @@ def _hybrid(name: str, layer: int, caches=("dynamic",), **settings) -> Family:
     )
 
 
-def _refused(name: str, message: str, **settings) -> Family:
-    return Family(name, f"{name}ForCausalLM", settings, sparse=(), refused=message)
+def _refused(name: str, message: str, since=(0, 0), **settings) -> Family:
+    cls = f"{name}ForCausalLM"
+    return Family(name, cls, settings, sparse=(), refused=message, since=since)
 
 
 _WINDOW_THEN_FULL = ["sliding_attention", "full_attention"]
@@ -303,6 +305,7 @@ FAMILIES = [
         "Gemma4ForCausalLM",
         sparse=(1, 3),
         generating=(1,),  # the last two get the last query alone
+        since=_NEWEST,
         dense={(0, "sliding_window"): 1, (2, "sliding_window"): 1},
         config=lambda: transformers.Gemma4TextConfig(
             **{**_TEXT, "num_hidden_layers": 4},
@@ -376,6 +379,7 @@ FAMILIES = [
         sparse=(),
         dense={(0, "position_bias"): 3, (1, "position_bias"): 3},
         caches=(),
+        since=_NEWEST,
         config=_encoder_decoder("T5Config", d_kv=64, d_ff=128, num_layers=2, num_heads=4),
     ),
     Family(
@@ -393,13 +397,24 @@ FAMILIES = [
         ),
     ),
     Family(
-        "Doge", "DogeForCausalLM", sparse=(), dense={(0, "mask"): 1, (1, "mask"): 1}, caches=()
+        "Doge",
+        "DogeForCausalLM",
+        sparse=(),
+        dense={(0, "mask"): 1, (1, "mask"): 1},
+        caches=(),
+        since=_NEWEST,
     ),
     _refused("Gemma2", "capped scores"),
     _refused("VaultGemma", "capped scores"),
     _refused("GptOss", "learned sinks"),
     _refused(
-        "DeepseekV32", "argument indices", index_topk=64, index_n_heads=2, index_head_dim=64, **_LATENT
+        "DeepseekV32",
+        "argument indices",
+        since=_NEWEST,
+        index_topk=64,
+        index_n_heads=2,
+        index_head_dim=64,
+        **_LATENT,
     ),
     _refused("Bloom", "attention code of its own"),
     _refused("Mpt", "attention code of its own"),
@@ -437,7 +452,5 @@ def readme_table() -> str:
     for family in FAMILIES:
         rows.setdefault(_row(family), []).append(family.name)
     lines = ["| models | sparse layers | what runs dense, or is refused for |", "|---|---|---|"]
-    lines += [
-        f"| {', '.join(names)} | {layers} | {why} |" for (layers, why), names in rows.items()
-    ]
+    lines += [f"| {', '.join(names)} | {layers} | {why} |" for (layers, why), names in rows.items()]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,8 @@
 """Inputs for the tests: random values rounded to a dtype, laid out in memory in many ways, and
 lists of cases that give every value of every axis its share."""
 
+import os
+
 import numpy as np
 import proxyattn
 import torch
@@ -61,6 +63,16 @@ LENGTHS = (
 
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def runs_sm90(device):
+    """Whether the newest kernels run, whose results don't depend on what else is worked on."""
+    return (
+        device == "cuda"
+        and torch.cuda.get_device_capability() == (9, 0)
+        and any(config["family"] == "sm90" for config in proxyattn.supported_configs())
+        and os.environ.get("PROXYATTN_FAMILY", "") in ("", "sm90")
+    )
 
 
 def rounded(values, dtype):

@@ -21,50 +21,68 @@ def random_tensor(*shape, dtype):
     return torch.randn(shape, device="cuda").to(dtype)
 
 
-def run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype):
+def assert_finite(*tensors):
+    for tensor in tensors:
+        assert tensor.isfinite().all()
+
+
+#: Poolings, with proxies above, below and at the two kv heads.
+POOLINGS = (("mean", 4), ("mean", 1), ("first", 2))
+
+
+def run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype, pooling, proxies):
     q = random_tensor(1, q_len, 4, head_dim, dtype=dtype)
     k, v = (random_tensor(1, kv_len, 2, head_dim, dtype=dtype) for _ in range(2))
     lengths = (q_len, kv_len)
-    proxies = proxyattn.pool_heads(q, k, 2, stride)
-    peak, mass = proxyattn.score_blocks(
-        *proxies, *lengths, stride, block_size, causal, with_mass=True
-    )
-    proxyattn.score_blocks(*proxies, *lengths, stride, block_size, causal)
+    settings = (*lengths, stride, block_size, causal)
+    pooled = proxyattn.pool_heads(q, k, proxies, stride, pooling)
+    proxyattn.score_blocks(*pooled, *settings)
+    peak, mass = proxyattn.score_blocks(*pooled, *settings, with_mass=True)
+    shares = proxyattn.estimate_shares(q, k, block_size, causal)
     budgets = proxyattn.estimate_budgets(q, k, 0.7, block_size, causal)
-    for mode in ("last_block", "coverage"):
+    assert_finite(mass, shares)
+    for mode, needs in (("top_p", shares), ("last_block", budgets)):
         lists = proxyattn.select_blocks(
-            peak, mass, budgets, *lengths, block_size, causal, mode, min_budget=0
+            peak, mass, needs, *lengths, 4, block_size, causal, mode, 0.7, min_budget=0
         )
-        out, lse = proxyattn.block_sparse_attention(
+        results = proxyattn.block_sparse_attention(
             q, k, v, *lists, block_size, causal, return_lse=True
         )
-        assert out.isfinite().all() and lse.isfinite().all()
-        for gamma in (0.7, 1.0):
-            out = proxyattn.proxy_attention(
-                q,
-                k,
-                v,
-                causal=causal,
-                gamma=gamma,
-                stride=stride,
-                block_size=block_size,
-                budget_mode=mode,
-                min_budget=0,
-            )
-            assert out.isfinite().all()
+        assert_finite(*results)
+        run_pipelines(q, k, v, causal, stride, pooling, block_size, proxies, mode)
+
+
+def run_pipelines(q, k, v, causal, stride, pooling, block_size, proxies, mode):
+    settings = {
+        "causal": causal,
+        "stride": stride,
+        "pooling": pooling,
+        "block_size": block_size,
+        "num_proxy_heads": proxies,
+        "budget_mode": mode,
+        "min_budget": 0,
+    }
+    for gamma in (0.7, 1.0):
+        proxyattn.choose_blocks(q, k, gamma=gamma, **settings)
+        assert_finite(proxyattn.proxy_attention(q, k, v, gamma=gamma, **settings))
+    if mode == "top_p":
+        zeros = torch.zeros(1, 4, device="cuda")
+        assert_finite(proxyattn.proxy_attention(q, k, v, gamma=0.7, shares=zeros, **settings))
 
 
 def main():
     torch.manual_seed(0)
     shapes = [(1, 1, True), (65, 65, True), (130, 331, True), (200, 77, False)]
     cases = list(itertools.product(("", "sm80"), shapes, (64, 128, 256), (64, 128)))
+    # Every head_dim and block size meets every pooling.
+    cases = [(*case, *POOLINGS[(i + i // 6) % 3]) for i, case in enumerate(cases)]
     part, parts = (int(number) for number in (sys.argv[1] if sys.argv[1:] else "1/1").split("/"))
     mine = cases[part - 1 :: parts]
-    for family, (q_len, kv_len, causal), head_dim, block_size in mine:
+    for family, (q_len, kv_len, causal), head_dim, block_size, pooling, proxies in mine:
         os.environ["PROXYATTN_FAMILY"] = family
         dtype = torch.float16 if block_size == 64 else torch.bfloat16
         stride = {64: 1, 128: 4, 256: 8}[head_dim]
-        run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype)
+        run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype, pooling, proxies)
     torch.cuda.synchronize()
     print(f"all ops ran, {len(mine)} of {len(cases)} cases")
 

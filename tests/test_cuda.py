@@ -8,10 +8,10 @@ import sys
 import proxyattn
 import pytest
 import torch
-from arguments import OPS, good_arguments, smallest_workspace
+from arguments import OPS, PIPELINES, all_tensors, good_arguments, smallest_workspace
+from inputs import runs_sm90
+from scores import MODES
 from tolerance import assert_same_bits
-
-MODES = ("last_block", "coverage")
 
 
 def random_qkv(device, q_len, kv_len, heads=(4, 2), dtype=torch.bfloat16, head_dim=64, batch=2):
@@ -22,13 +22,14 @@ def random_qkv(device, q_len, kv_len, heads=(4, 2), dtype=torch.bfloat16, head_d
 
 
 def settings_of(mode):
-    return {
-        "gamma": 0.5,
-        "block_size": 64,
-        "min_budget": 0,
-        "budget_mode": mode,
-        "return_lse": True,
-    }
+    return {"gamma": 0.5, "min_budget": 0, "budget_mode": mode, "return_lse": True}
+
+
+#: Every op, and those that take shares with them too.
+CALLS = [
+    *(pytest.param(good_arguments, op, id=op) for op in OPS),
+    *(pytest.param(all_tensors, op, id=f"{op}-shares") for op in PIPELINES),
+]
 
 
 def call(op, arguments):
@@ -36,9 +37,9 @@ def call(op, arguments):
     return list(result) if isinstance(result, tuple) else [result]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_never_synchronises(cuda, op):
-    arguments = good_arguments(op, cuda)
+@pytest.mark.parametrize(("make", "op"), CALLS)
+def test_never_synchronises(cuda, make, op):
+    arguments = make(op, cuda)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -52,10 +53,10 @@ def wait_a_while():
     torch.cuda._sleep(20_000_000)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_runs_on_the_current_stream(cuda, op):
+@pytest.mark.parametrize(("make", "op"), CALLS)
+def test_runs_on_the_current_stream(cuda, make, op):
     """The inputs are written late on a side stream: the op waits there, and nowhere else."""
-    arguments = good_arguments(op, cuda)
+    arguments = make(op, cuda)
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     for value in tensors.values():
         if value.is_floating_point():
@@ -77,14 +78,14 @@ def test_runs_on_the_current_stream(cuda, op):
 def test_two_streams_at_a_time(cuda):
     """No scratch is shared between calls."""
     inputs = [random_qkv(cuda, 1000, 1000) for _ in range(2)]
-    want = [proxyattn.proxy_attention(*x, **settings_of("coverage")) for x in inputs]
+    want = [proxyattn.proxy_attention(*x, **settings_of("top_p")) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
     for _ in range(10):
         got = []
         for stream, x in zip(streams, inputs, strict=True):
             with torch.cuda.stream(stream):
-                got.append(proxyattn.proxy_attention(*x, **settings_of("coverage")))
+                got.append(proxyattn.proxy_attention(*x, **settings_of("top_p")))
         torch.cuda.synchronize()
         for result, expected in zip(got, want, strict=True):
             for first, second in zip(result, expected, strict=True):
@@ -96,10 +97,13 @@ def test_second_device(cuda):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     tensors = random_qkv("cuda:0", 700, 700)
-    want = proxyattn.proxy_attention(*tensors, **settings_of("coverage"))
+    want = proxyattn.proxy_attention(*tensors, **settings_of("top_p"))
     assert torch.cuda.current_device() == 0
     moved = [x.to("cuda:1") for x in tensors]
-    got = proxyattn.proxy_attention(*moved, **settings_of("coverage"))
+    got = proxyattn.proxy_attention(*moved, **settings_of("top_p"))
+    assert torch.cuda.current_device() == 0
+    want += proxyattn.choose_blocks(*tensors[:2], gamma=0.5, min_budget=0)
+    got += proxyattn.choose_blocks(*moved[:2], gamma=0.5, min_budget=0)
     assert torch.cuda.current_device() == 0
     for first, second in zip(got, want, strict=True):
         assert first.device == torch.device("cuda:1")
@@ -144,9 +148,34 @@ def test_graph_replays_with_new_inputs(cuda, mode, head_dim, limit):
                 assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_graph_of_one_op(cuda, op):
-    arguments = good_arguments(op, cuda)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("limit", [None, "small"])
+def test_graph_of_lists_replays_with_new_inputs(cuda, mode, limit):
+    """New shares are taken too: they are read on the device."""
+    q, k, _ = random_qkv(cuda, 1000, 1300, (8, 2))
+    settings = {"gamma": 0.5, "min_budget": 0, "budget_mode": mode}
+    if mode == "top_p":
+        settings["shares"] = torch.rand(2, 8, device=cuda)
+    if limit == "small":
+        arguments = {"q": q, "k": k, **settings}
+        settings["max_workspace_bytes"] = smallest_workspace(arguments, op="choose_blocks")
+    graph, outputs = capture(lambda: proxyattn.choose_blocks(q, k, **settings))
+    for spread in (1.0, 3.0, 0.1):
+        q.normal_().mul_(spread)
+        k.normal_()
+        if mode == "top_p":
+            settings["shares"].uniform_()
+        want = proxyattn.choose_blocks(q, k, **settings)
+        for output in outputs:
+            output.fill_(-7)
+        graph.replay()
+        for first, second in zip(outputs, want, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("make", "op"), CALLS)
+def test_graph_of_one_op(cuda, make, op):
+    arguments = make(op, cuda)
     want = [x.clone() for x in call(op, arguments)]
     graph, outputs = capture(lambda: call(op, arguments))
     for _ in range(3):
@@ -159,10 +188,9 @@ def test_graph_of_one_op(cuda, op):
 
 def test_two_graphs_on_two_streams(cuda):
     inputs = [random_qkv(cuda, 900, 900) for _ in range(2)]
-    want = [proxyattn.proxy_attention(*x, **settings_of("coverage")) for x in inputs]
+    want = [proxyattn.proxy_attention(*x, **settings_of("top_p")) for x in inputs]
     captured = [
-        capture(lambda x=x: proxyattn.proxy_attention(*x, **settings_of("coverage")))
-        for x in inputs
+        capture(lambda x=x: proxyattn.proxy_attention(*x, **settings_of("top_p"))) for x in inputs
     ]
     streams = [torch.cuda.Stream() for _ in inputs]
     torch.cuda.synchronize()
@@ -181,17 +209,17 @@ def test_two_graphs_on_two_streams(cuda):
 def test_fifty_runs_give_the_same_bits(cuda, dtype, head_dim):
     """A race would show sooner or later."""
     tensors = random_qkv(cuda, 1500, 2000, (8, 2), dtype, head_dim)
-    want = proxyattn.proxy_attention(*tensors, **settings_of("coverage"))
+    want = proxyattn.proxy_attention(*tensors, **settings_of("top_p"))
     for _ in range(50):
-        got = proxyattn.proxy_attention(*tensors, **settings_of("coverage"))
+        got = proxyattn.proxy_attention(*tensors, **settings_of("top_p"))
         for first, second in zip(got, want, strict=True):
             assert_same_bits(first, second)
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_writes_nothing_but_its_outputs(cuda, op):
+@pytest.mark.parametrize(("make", "op"), CALLS)
+def test_writes_nothing_but_its_outputs(cuda, make, op):
     """Outputs are put between two guards, by leaving a hole of their size in fresh memory."""
-    arguments = good_arguments(op, cuda)
+    arguments = make(op, cuda)
     likes = call(op, arguments)
     for place, like in enumerate(likes):
         if like.numel() == 0:
@@ -278,8 +306,9 @@ for head_dim in (64, 128, 256):
             ]
             out["score " + name] = [
                 x.cpu() for x in proxyattn.score_blocks(
-                    q[:, :, :2], k, 900, 1300, 1, block_size, with_mass=True)
+                    q[:, :, :4], k, 900, 1300, 1, block_size, with_mass=True)
             ]
+            out["shares " + name] = [proxyattn.estimate_shares(q, k, block_size).cpu()]
 torch.save(out, sys.argv[1])
 """
 
@@ -294,7 +323,7 @@ def test_kernel_families_agree(cuda, tmp_path):
     """The family for every device against the newest, which runs by default."""
     portable = run_family("sm80", tmp_path / "sm80.pt")
     default = run_family("", tmp_path / "default.pt")
-    assert default.keys() == portable.keys() and len(default) == 24
+    assert default.keys() == portable.keys() and len(default) == 36
     for case, results in default.items():
         for first, second in zip(results, portable[case], strict=True):
             finite = first.isfinite()
@@ -314,7 +343,7 @@ def test_complete_rankings_are_dense_attention(cuda, head_dim):
     sparse = proxyattn.proxy_attention(*tensors, **settings, **forced)
     dense = proxyattn.proxy_attention(*tensors, **settings, gamma=1.0)
     for first, second in zip(sparse, dense, strict=True):
-        if torch.cuda.get_device_capability() == (9, 0):
+        if runs_sm90(cuda):
             assert_same_bits(first, second)
         else:
             torch.testing.assert_close(first, second, atol=1e-2, rtol=0)
@@ -339,7 +368,7 @@ def documented_bytes(n, q_heads, proxies, head_dim, mode, stride=4, block=64):
     """What the README says that proxy_attention needs for one prompt beyond its output."""
     num_blocks = -(-n // block)
     token = proxies * head_dim * 2
-    row = (12 if mode == "coverage" else 8) * proxies * num_blocks
+    row = (12 if mode == "top_p" else 8) * proxies * num_blocks
     row += 4 * q_heads + block // stride * token
     rows = min(num_blocks, (512 << 20) // row)
     spare = 1 << 20  # tiles that pieces end in, and alignment
@@ -391,4 +420,6 @@ def test_too_many_key_blocks_are_refused(cuda):
     peak = torch.zeros(1, 1, 1, 16_385, device=cuda)
     budgets = torch.ones(1, 1, dtype=torch.int32, device=cuda)
     with pytest.raises(ValueError, match="at most 16384 key blocks on a GPU, got 16385"):
-        proxyattn.select_blocks(peak, None, budgets, 1, 64 * 16_385, 64, causal=False)
+        proxyattn.select_blocks(
+            peak, None, budgets, 1, 64 * 16_385, 1, causal=False, budget_mode="last_block"
+        )

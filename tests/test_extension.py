@@ -83,3 +83,12 @@ def test_a_file_that_does_not_tell(tmp_path):
     text = explain(ImportError("why"), str(tmp_path), "2.0")
     assert "was built for torch unknown and could not be loaded with torch 2.0" in text
     assert text.endswith("(why)")
+
+
+@pytest.mark.skipif(
+    not torch.__config__.show().startswith("PyTorch built with:\n  - GCC"),
+    reason="torch was not built with the C++ library of GCC",
+)
+def test_the_extension_shares_the_cpp_library_with_torch():
+    """One of its own would end the process where an error crosses into torch."""
+    assert b"\0libstdc++.so.6\0" in find_extension(str(PACKAGE)).read_bytes()

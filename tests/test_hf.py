@@ -5,21 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from retrieval import NUM_QUESTIONS, num_right, retrieval_prompt
-from tolerance import assert_close, assert_same_bits, to_numpy
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("proxyattn.hf")
-
-from hf_tiny import (  # noqa: E402
+from hf_tiny import (
     EXACT,
     THIN,
     assert_like_sdpa,
+    hf,
     logits_of,
     prompt,
     sparse_layers,
     tiny_model,
+    transformers,
 )
+from retrieval import NUM_QUESTIONS, num_right, retrieval_prompt
+from tolerance import assert_close, assert_same_bits, to_numpy
 
 CODE_MODEL = Path(__file__).parents[2] / "shared" / "models" / "code-llama-26m"
 FAMILIES = ("Llama", "Qwen2", "Qwen3")
@@ -60,7 +58,7 @@ def test_the_default_length_comes_from_the_table(device, monkeypatch):
 def test_a_recording_reads_what_the_single_call_reads(device):
     model, ids = tiny_model("Llama", device), prompt(device, 1000)
     settings = {"gamma": 0.5, "min_budget": 0, "block_size": 64, "min_seqlen": 128}
-    for budget_mode in ("last_block", "coverage"):
+    for budget_mode in ("last_block", "top_p"):
         hf.register(**settings, budget_mode=budget_mode)
         with hf.record() as recording:
             recorded = logits_of(model, "proxyattn", ids)
@@ -208,7 +206,7 @@ def test_a_real_model_answers_from_the_blocks_it_reads(device):
     model = transformers.AutoModelForCausalLM.from_pretrained(CODE_MODEL, dtype=dtype)
     model = model.to(device).eval()
     ids, answers = retrieval_prompt(tokenizer, 4096)
-    settings = {"gamma": 0.95, "budget_mode": "coverage", "block_size": 64, "min_budget": 256}
+    settings = {"gamma": 0.95, "budget_mode": "top_p", "block_size": 64, "min_budget": 256}
     hf.register(**settings, min_seqlen=1024)
     with hf.record() as recording:
         logits = logits_of(model, "proxyattn", torch.tensor([ids], device=device))[0]
@@ -222,7 +220,7 @@ def test_a_real_model_answers_from_the_blocks_it_reads(device):
     "settings",
     [
         {"gamma": 0.95, "budget_mode": "last_block"},
-        {"gamma": 0.9, "budget_mode": "coverage"},
+        {"gamma": 0.9, "budget_mode": "top_p"},
     ],
     ids=lambda settings: settings["budget_mode"],
 )

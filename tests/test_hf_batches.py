@@ -1,30 +1,27 @@
 """Padded batches, prompts in chunks, caches and generation: sparse, and the numbers of SDPA."""
 
+import copy
+
 import pytest
 import torch
-from tolerance import assert_close, assert_same_bits, to_numpy
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("proxyattn.hf")
-
-import copy  # noqa: E402
-
-from hf_tiny import (  # noqa: E402
+from hf_tiny import (
     CACHE,
     EXACT,
     THIN,
     assert_like_sdpa,
     chunked_logits,
+    hf,
     logits_of,
     new_cache,
     padded,
     prompt,
     sparse_layers,
     tiny_model,
+    transformers,
 )
+from tolerance import assert_close, assert_same_bits, to_numpy
 
 CACHES = pytest.mark.parametrize("kind", ["dynamic", "static"])
-ALL_RIGHT = {"left": (30,), "right": (0, 20)}
 
 
 def shapes(recording, layer=0):
@@ -55,7 +52,9 @@ def test_padded_rows_run_sparse(family, device):
         actual = logits_of(model, "proxyattn", ids, attention_mask=mask)
     assert not recording.dense
     # Rows alike run together: the first and third, the second and last, and the fourth.
-    assert shapes(recording) == shapes(recording, 1) == [(2, 370, 370), (2, 400, 400), (1, 380, 380)]
+    assert (
+        shapes(recording) == shapes(recording, 1) == [(2, 370, 370), (2, 400, 400), (1, 380, 380)]
+    )
     assert_like_sdpa(model, actual, ids, attention_mask=mask)
     assert_like_sdpa(
         model, logits_of(model, "proxyattn", ids, attention_mask=mask), ids, attention_mask=mask
@@ -236,7 +235,10 @@ def test_layers_of_different_lengths_are_refused(device):
         states = torch.randn(1, 2, length, 64, device=device, dtype=model.dtype)
         cache.update(states, states, layer)
     model.set_attn_implementation("proxyattn")
-    with pytest.raises(ValueError, match="key must have the 400 tokens .* got 500"), torch.no_grad():
+    with (
+        pytest.raises(ValueError, match=r"key must have the 400 tokens .* got 500"),
+        torch.no_grad(),
+    ):
         model(ids, **{CACHE: cache})
 
 

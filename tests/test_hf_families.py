@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_families import FAMILIES, LENGTH, readme_table
+from hf_tiny import chunked_logits, hf, new_cache, padded
 from tolerance import assert_close, to_numpy
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("proxyattn.hf")
-
-from hf_families import FAMILIES, LENGTH, readme_table  # noqa: E402
-from hf_tiny import chunked_logits, new_cache, padded  # noqa: E402
 
 README = Path(__file__).parents[1] / "README.md"
 RUN = [family for family in FAMILIES if family.refused is None]

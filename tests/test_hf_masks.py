@@ -2,14 +2,10 @@
 
 import pytest
 import torch
+from hf_tiny import EXACT, hf, transformers
+from proxyattn.hf._causal import attend_by_sequence, dense_mask, read_sign
 from tolerance import assert_same_bits
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("proxyattn.hf")
-
-from hf_tiny import EXACT  # noqa: E402
-from proxyattn.hf._causal import attend_by_sequence, dense_mask, read_sign  # noqa: E402
-from transformers.masking_utils import (  # noqa: E402
+from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
     sdpa_mask,
@@ -98,26 +94,29 @@ PADDED = {
 @pytest.mark.parametrize("changes", PADDED.values(), ids=PADDED)
 def test_padded_prompts_get_a_sign_that_stands_for_their_mask(changes):
     sign = mask_of(**changes)
-    assert sign.shape == (2, 1, 1, KV_LEN) and sign.dtype == torch.int32
+    assert sign.shape == (2, KV_LEN, 2, 3) and sign.dtype == torch.int32
+    assert sign.stride()[2:] == (0, 0)  # no memory
     causal = read_sign(sign)
     assert causal.seen == changes.get("q_offset", KV_LEN - Q_LEN) + Q_LEN
     expected = mask_of(sdpa_mask, **changes)
     assert_same_bits(dense_mask(causal, Q_LEN, sign.device), expected)
 
 
-def test_a_sign_after_a_prefix_stands_for_its_mask():
-    sign = mask_of()
-    assert_same_bits(dense_mask(read_sign(sign), Q_LEN, sign.device), mask_of(sdpa_mask)[:1])
+@pytest.mark.parametrize("offset", [100, 250])
+def test_a_sign_after_a_prefix_stands_for_its_mask(offset):
+    sign, expected = mask_of(q_offset=offset), mask_of(sdpa_mask, q_offset=offset)
+    assert_same_bits(dense_mask(read_sign(sign), Q_LEN, sign.device), expected[:1])
     # Cut to the last two queries, by a model that needs no others.
     cut = read_sign(sign[:, :, -2:])
     assert cut.q_len == 2
-    assert_same_bits(dense_mask(cut, 2, sign.device), mask_of(sdpa_mask)[:1, :, -2:])
+    assert_same_bits(dense_mask(cut, 2, sign.device), expected[:1, :, -2:])
 
 
 def test_a_sign_of_a_whole_prompt_stands_for_no_mask():
-    sign = mask_of(q_length=KV_LEN, q_offset=0)
-    assert dense_mask(read_sign(sign), KV_LEN, sign.device) is None
-    assert mask_of(sdpa_mask, q_length=KV_LEN, q_offset=0) is None
+    for q_len in (KV_LEN, 100):  # behind the latter a static cache has room
+        sign = mask_of(q_length=q_len, q_offset=0)
+        assert dense_mask(read_sign(sign), q_len, sign.device) is None
+        assert mask_of(sdpa_mask, q_length=q_len, q_offset=0) is None
 
 
 NOT_CAUSAL = {
@@ -128,6 +127,18 @@ NOT_CAUSAL = {
     "more queries than room": {"q_offset": 300},
     "one query": {"q_length": 1, "q_offset": 399, "allow_is_causal_skip": False},
 }
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_mask": rows((30, 400), (0, 400))}])
+def test_a_sign_cannot_be_taken_for_a_mask(changes):
+    sign, scores = mask_of(**changes), torch.zeros(2, 4, Q_LEN, KV_LEN)
+    for misuse in (
+        lambda: scores + sign,
+        lambda: scores.masked_fill(sign != 0, 0.0),
+        lambda: torch.where(sign.bool(), scores, 0.0),
+    ):
+        with pytest.raises(RuntimeError, match="must match"):
+            misuse()
 
 
 @pytest.mark.parametrize("changes", NOT_CAUSAL.values(), ids=NOT_CAUSAL)
@@ -184,7 +195,9 @@ def test_sequences_attend_to_themselves():
                 assert not out[row, query].any()
                 continue
             keys = [j for j in range(position + 1) if int(numbers[row, j]) == own]
-            expected = _causal_attention(q[row, None, query, None], k[row, None, keys], v[row, None, keys])
+            expected = _causal_attention(
+                q[row, None, query, None], k[row, None, keys], v[row, None, keys]
+            )
             torch.testing.assert_close(out[row, query], expected[0, 0])
     # Rows alike run together; queries of a sequence, and all of its keys.
     assert calls == [(2, 5, 6), (1, 3, 6), (1, 4, 4), (1, 1, 1), (1, 3, 5)]
@@ -195,7 +208,7 @@ def test_a_whole_batch_is_handed_on_as_it_is():
     numbers = torch.tensor([[1] * 8 + [-1]], dtype=torch.int32)
     given = []
     out = attend_by_sequence(q, k, k, numbers, lambda q, k, v: given.append((q, k)) or q)
-    (query, key), = given
+    ((query, key),) = given
     assert query.data_ptr() == q.data_ptr() and key.data_ptr() == k.data_ptr()
     assert out is query and key.shape[1] == 8
 

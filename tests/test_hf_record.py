@@ -5,12 +5,8 @@ import threading
 
 import pytest
 import torch
+from hf_tiny import THIN, hf, logits_of, prompt, sparse_layers, tiny_model
 from tolerance import assert_same_bits
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-hf = pytest.importorskip("proxyattn.hf")
-
-from hf_tiny import THIN, logits_of, prompt, sparse_layers, tiny_model  # noqa: E402
 
 
 def test_a_recording_reads_what_the_single_call_reads(device):
@@ -105,7 +101,9 @@ def test_a_recording_prints_as_a_table():
     shares = torch.stack([call.share_by_head for call in recording.sparse])
     assert columns[3][3:] == [f"{100 * shares.min():.1f} %", f"{100 * shares.max():.1f} %"]
     assert columns[4] == ["all", *columns[3][1:], "2 calls"]
-    assert repr(recording.sparse[0]).startswith("SparseCall(layer=1, q_len=1000, kv_len=1000, share=")
+    assert repr(recording.sparse[0]).startswith(
+        "SparseCall(layer=1, q_len=1000, kv_len=1000, share="
+    )
 
 
 def test_an_empty_recording_says_what_to_look_for():

@@ -144,8 +144,9 @@ def test_schemas_are_in_library_cpp():
     found = places(r"TORCH_LIBRARY\s*\(|TORCH_LIBRARY_FRAGMENT", files(*CPP))
     assert found == ["csrc/torch/library.cpp"]
     python = [path for path in files(".py") if not path.is_relative_to("tests")]
-    defining = re.compile(r"library\.define|custom_op\(|torch\.library\.Library\(")
-    assert [str(path) for path in python if defining.search(text(path))] == []
+    defining = re.compile(r"library\.define|custom_op\b|torch\.library\.Library\(")
+    found = [str(path) for path in python if defining.search(text(path))]
+    assert found == ["python/proxyattn/hf/_ops.py"]  # ops that call back into Python
 
 
 def test_headers_have_guards_and_no_using_directives():

@@ -41,7 +41,7 @@ def test_huge_strides(device, axis, far):
     batch, tokens, heads = SHAPE[axis]
     near = {name: torch.randn(batch, tokens, heads, 64).half().to(device) for name in "qkv"}
     spread = {**near, far: far_apart(near[far], (*STRIDES[axis], 1))}
-    settings = {"gamma": 0.5, "block_size": 64, "min_budget": 0, "budget_mode": "coverage"}
+    settings = {"gamma": 0.5, "min_budget": 0}
     want = proxyattn.proxy_attention(**near, **settings, return_lse=True)
     got = proxyattn.proxy_attention(**spread, **settings, return_lse=True)
     for first, second in zip(got, want, strict=True):
@@ -104,9 +104,12 @@ def test_a_million_tokens(cuda, block_size, monkeypatch):
         max_workspace_bytes=2**29,
     )
     settings = (tokens, tokens, 8, block_size, True, None)
-    peak, _ = proxyattn.score_blocks(*proxyattn.pool_heads(q, k, 1, 8), *settings)
-    budgets = proxyattn.estimate_budgets(q, k, 0.05, block_size)
-    lists = proxyattn.select_blocks(peak, None, budgets, tokens, tokens, block_size, min_budget=0)
+    peak, mass = proxyattn.score_blocks(*proxyattn.pool_heads(q, k, 4, 8), *settings, True)
+    shares = proxyattn.estimate_shares(q, k, block_size)
+    lists = proxyattn.select_blocks(
+        peak, mass, shares, tokens, tokens, 4, block_size, gamma=0.05, min_budget=0
+    )
+    del peak, mass
     monkeypatch.setenv("PROXYATTN_FAMILY", "sm80")
     want, want_lse = proxyattn.block_sparse_attention(q, k, v, *lists, block_size, return_lse=True)
     torch.testing.assert_close(out, want, atol=4e-3, rtol=0)

@@ -48,7 +48,7 @@ def test_every_block_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     recording = names["recording"]
     assert [call.layer for call in recording.sparse] == [0, 1] and not recording.dense
     printed = capsys.readouterr().out
-    assert re.search(r"^1 0\.\d+$", printed, re.MULTILINE)
+    assert re.search(r"^1 0\.\d+ 4$", printed, re.MULTILINE)  # layer, share, proxy heads
 
 
 def rows(heading):

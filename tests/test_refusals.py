@@ -170,7 +170,8 @@ def test_check_block_lists_out_of_range(device, monkeypatch, name, value, messag
     for call in checked_calls(arguments):
         with pytest.raises(ValueError) as error:
             call()
-        assert message_of(error) == f"block_sparse_attention: {message}"
+        # Older compilers of torch go on about the graph.
+        assert message_of(error).splitlines()[0] == f"block_sparse_attention: {message}"
 
 
 def test_check_block_lists_duplicates(device, monkeypatch):

@@ -7,9 +7,7 @@ namespace {
 
 struct Stages {
   static int64_t score_workspace(const ScoreParams& p) { return score_blocks_workspace_bytes(p); }
-  static int64_t needs_workspace(const NeedParams& p) {
-    return estimate_needs_workspace_bytes(p);
-  }
+  static int64_t needs_workspace(const NeedParams& p) { return estimate_needs_workspace_bytes(p); }
   static int64_t attention_workspace(const AttentionParams& p) {
     return block_sparse_attention_workspace_bytes(p);
   }

@@ -35,8 +35,10 @@ def default_proxy_heads(q_heads: int, kv_heads: int) -> int:
         return kv_heads
     # Head counts that don't fit together are reported by the op, in one place.
     multiples = range(kv_heads, q_heads, kv_heads) if kv_heads > 0 else ()
-    enough = (g for g in multiples if g >= MIN_PROXY_HEADS and q_heads % g == 0)
-    return next(enough, q_heads)
+    for count in multiples:  # a loop that torch.compile of torch 2.6 can follow
+        if count >= MIN_PROXY_HEADS and q_heads % count == 0:
+            return count
+    return q_heads
 
 
 def _proxy_heads(num_proxy_heads: int | None, q: Tensor, k: Tensor) -> int:

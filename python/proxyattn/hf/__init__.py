@@ -12,12 +12,11 @@ reason to the logger ``proxyattn``, which says what would make it sparse. :func:
 ran where.
 """
 
+from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, legal_proxy_heads, register
 from proxyattn.hf._models import check_model, require_transformers
+from proxyattn.hf._recording import Recording, SparseCall, record
 
-require_transformers()  # before the modules that need what older ones lack
-
-from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, legal_proxy_heads, register  # noqa: E402
-from proxyattn.hf._recording import Recording, SparseCall, record  # noqa: E402
+require_transformers()
 
 __all__ = [
     "MIN_QUERIES",

@@ -7,9 +7,13 @@ nothing but causal sequences, the hook's mask function sends a *sign* in its pla
 - ``[0, seen, q_len, kv_len]``, empty: each row is one causal sequence of ``seen`` tokens, the
   queries being its last ones. Behind them a static cache may have room for more. Models that cut
   queries or keys cut the sign like a mask, and it stays right.
-- ``[B or 1, 1, 1, kv_len]`` on the CPU, for padded prompts: the number of the sequence that a key
-  belongs to, from 1 up; 0 is padding, and -1 what a static cache holds no token for. ``torch.compile``
-  can't look into a mask, so there every prompt with a mask gets this form.
+- ``[B or 1, kv_len, 2, 3]`` on the CPU, for padded prompts, the same in its last two dimensions:
+  the number of the sequence that a key belongs to, from 1 up; 0 is padding, and -1 what a static
+  cache holds no token for. ``torch.compile`` can't look into a mask, so there every prompt with a
+  mask gets this form.
+
+Neither can be broadcast to scores: a model that uses its mask itself stops at a sign, instead of
+taking it for something else.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +68,7 @@ def causal_sign(
         if not (compiling and whole and local_size is None):
             return None
         sequences = _packed_sequences(mask_function, batch_size, kv_length, device)
-        return None if sequences is None else sequences[:, None, None]
+        return None if sequences is None else _sign_of(sequences)
     readable = not compiling
     if isinstance(q_offset, Tensor) and readable:
         q_offset = int(q_offset)
@@ -78,7 +82,11 @@ def causal_sign(
     sequences = _real_tokens(attention_mask, seen, kv_length)
     if readable and bool((sequences[:, :seen] == _FIRST_SEQUENCE).all()):
         return torch.empty(plain, dtype=torch.int32, device=device)
-    return sequences[:, None, None]
+    return _sign_of(sequences)
+
+
+def _sign_of(sequences: Tensor) -> Tensor:
+    return sequences[:, :, None, None].expand(-1, -1, 2, 3)
 
 
 def _is_causal(
@@ -167,36 +175,34 @@ def read_sign(mask: Tensor | None) -> Causal | None:
     """What the sign says, None for a mask."""
     if mask is None or mask.dtype != torch.int32:
         return None
-    batch, seen, q_len, kv_len = mask.shape
-    if batch == 0:
+    if mask.shape[0] == 0:
+        _, seen, q_len, kv_len = mask.shape
         return Causal(q_len, kv_len, seen, None)
-    sequences = mask[:, 0, 0].to("cpu")
-    if torch.compiler.is_compiling():
-        seen = kv_len  # the most that it can be
-    else:
-        seen = int((sequences[0] != _NO_TOKEN).sum())
+    sequences = mask[:, :, 0, 0].to("cpu")
+    kv_len = sequences.shape[1]
+    # Compiled code can't read the number, and takes the most that it can be.
+    seen = kv_len if torch.compiler.is_compiling() else _num_tokens(sequences)
     return Causal(None, kv_len, seen, sequences)
 
 
-def dense_mask(causal: Causal, q_len: int, device: torch.device) -> Tensor | None:
-    """The mask that SDPA would have got: bool ``[B or 1, 1, q_len, keys]``, or None.
+def _num_tokens(sequences: Tensor) -> int:
+    return int((sequences[0] != _NO_TOKEN).sum())
 
-    Keys are the ``seen`` first, or all where the call says which sequence they belong to.
-    """
+
+def dense_mask(causal: Causal, q_len: int, device: torch.device) -> Tensor | None:
+    """The mask that SDPA would have got: bool ``[B or 1, 1, q_len, kv_len]``, or None."""
+    tokens = torch.arange(causal.kv_len, device=device)
+    queries = torch.arange(q_len, device=device)
     if causal.sequences is None:
         if q_len == causal.seen:
             return None
-        ones = torch.ones(q_len, causal.seen, dtype=torch.bool, device=device)
-        return ones.tril(causal.seen - q_len)[None, None]
+        return (tokens <= queries[:, None] + (causal.seen - q_len))[None, None]
     keys = causal.sequences.to(device)
-    num_tokens = (keys[:1] != _NO_TOKEN).sum()
-    positions = torch.arange(q_len, device=device) + num_tokens - q_len
-    queries = keys[:, positions]
-    earlier = torch.arange(causal.kv_len, device=device) <= positions[:, None]
+    positions = queries + (keys[0] != _NO_TOKEN).sum() - q_len
+    own = keys[:, positions, None]
     # A padded query sees what stands before it, as with transformers' own mask.
-    padded = (queries == _PADDING)[:, :, None]
-    same = (queries[:, :, None] == keys[:, None]) | padded
-    return (earlier & same & (keys > _PADDING)[:, None])[:, None]
+    same = (own == keys[:, None]) | (own == _PADDING)
+    return ((tokens <= positions[:, None]) & same & (keys > _PADDING)[:, None])[:, None]
 
 
 def attend_by_sequence(
@@ -213,7 +219,7 @@ def attend_by_sequence(
         sequences: int32 ``[B or 1, kv_len]`` on the CPU, as in the sign.
         attend: causal attention of q, k and v, to ``[B, M, Hq, D]``.
     """
-    seen = int((sequences[0] != _NO_TOKEN).sum())
+    seen = _num_tokens(sequences)
     sequences = sequences[:, :seen]
     first_query = seen - q.shape[1]
     out = None

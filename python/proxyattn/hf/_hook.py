@@ -131,8 +131,6 @@ class _Hook:
         refuse_arguments(kwargs, is_masked)
         if causal is not None:
             _check_lengths(causal, query, key)
-            if causal.sequences is None:
-                key, value = key[:, :, : causal.seen], value[:, :, : causal.seen]
         seen = key.shape[2] if causal is None else causal.seen
         sees_later = not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         q, k, v = _autocast(query, key, value)
@@ -148,13 +146,15 @@ class _Hook:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             self._fitted(q, k, module)
             sequences = None if causal is None else causal.sequences
+            if sequences is None:
+                k, v = k[:, :seen], v[:, :seen]
             return self._sparse(q, k, v, sequences, scaling, layer), None
         if reason != "short":
             warn_dense(module, reason, query)
         if not torch.compiler.is_compiling():
             record_dense(layer, reason)
         elif anything_recorded():
-            query = _ops.noting_dense(query, layer, reason)
+            query = _ops.note_dense(query, layer, reason)
         if causal is not None:
             attention_mask = dense_mask(causal, query.shape[2], query.device)
         return sdpa_attention_forward(
@@ -181,7 +181,7 @@ class _Hook:
         if not torch.compiler.is_compiling():
             return self.run(q, k, v, sequences, scale, layer)
         if sequences is not None or anything_recorded():
-            return _ops.run(self.name, q, k, v, sequences, scale, layer)
+            return _ops.run(q, k, v, sequences, scale, layer, self.name)
         return self._fitted(q, k).attend(q, k, v, scale)
 
     def run(

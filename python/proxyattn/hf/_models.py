@@ -3,14 +3,14 @@ know. Both would be wrong without a word."""
 
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_OLDEST_TRANSFORMERS = (5, 4)
+_OLDEST_TRANSFORMERS = (5, 14)
 
 
 def require_transformers() -> None:
@@ -40,8 +40,10 @@ def check_model(model: PreTrainedModel) -> None:
 
 def refusal_of_class(cls: type[PreTrainedModel]) -> str | None:
     """Why a model class can't use the hook, None if it can."""
-    if not cls._can_set_attn_implementation():
-        problem = "has attention code of its own, which never calls transformers' attention interface"
+    if not (cls._can_set_attn_implementation() or _has_interface(cls)):
+        problem = (
+            "has attention code of its own, which never calls transformers' attention interface"
+        )
     elif not (cls._supports_sdpa or cls._supports_attention_backend):
         problem = (
             "supports neither SDPA, which runs what is not sparse, nor other attention backends"
@@ -49,6 +51,12 @@ def refusal_of_class(cls: type[PreTrainedModel]) -> str | None:
     else:
         return None
     return f"proxyattn: {cls.__name__} {problem}; use attn_implementation='eager' for this model"
+
+
+def _has_interface(cls: type[PreTrainedModel]) -> bool:
+    """Whether the module of the class looks attention functions up, in whatever way; transformers
+    knows its own way alone, and models outside it are written for older ones."""
+    return hasattr(sys.modules.get(cls.__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
 @torch.compiler.assume_constant_result
@@ -60,7 +68,7 @@ def refusal_of_config(config_class: type) -> str | None:
     return _refusal_of_config(config_class)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _refusal_of_config(config_class: type) -> str | None:
     refusals = [refusal_of_class(cls) for cls in _model_classes(config_class)]
     return refusals[0] if refusals and None not in refusals else None

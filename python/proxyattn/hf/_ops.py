@@ -1,6 +1,10 @@
-"""What compiled code can't look into, as ops: signs that hold numbers, and recordings."""
+"""What compiled code can't look into, as ops: signs that hold numbers, and recordings.
+
+They call back into Python, which no op of the extension could do.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,59 +14,42 @@ from proxyattn.hf._recording import record_dense
 #: Sparse attention by registered name: (q, k, v, sequences, scale, layer) to the output.
 runners: dict[str, Callable[..., Tensor]] = {}
 
+# Reading numbers waits for the device, which a CUDA graph can't hold; older torch has no word for
+# it, and leaves out graphs with tensors on the CPU, as sequences are.
+_tags = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_op = partial(torch.library.custom_op, mutates_args=(), **_tags)
+
+
+@_op("proxyattn_hf::run")
 def run(
-    name: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sequences: Tensor | None,
     scale: float | None,
     layer: int | None,
+    name: str,
 ) -> Tensor:
-    """Calls the runner of that name, from compiled code."""
-    return torch.ops.proxyattn_hf.run(q, k, v, sequences, scale, layer, name)
-
-
-def noting_dense(query: Tensor, layer: int | None, reason: str) -> Tensor:
-    """Records a dense call from compiled code. Returns the query, which the call must use: an op
-    without a user would be left out."""
-    return torch.ops.proxyattn_hf.note_dense(query, layer, reason)
-
-
-# Reading numbers waits for the device, which a CUDA graph can't hold.
-_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
-_TAGS = (torch.Tag.pt2_compliant_tag, *([] if _UNSAFE is None else [_UNSAFE]))
-
-torch.library.define(
-    "proxyattn_hf::run",
-    "(Tensor q, Tensor k, Tensor v, Tensor? sequences, float? scale, int? layer, str name) "
-    "-> Tensor",
-    tags=_TAGS,
-)
-torch.library.define(
-    "proxyattn_hf::note_dense", "(Tensor query, int? layer, str reason) -> Tensor", tags=_TAGS
-)
-
-
-@torch.library.impl("proxyattn_hf::run", ("CPU", "CUDA"))
-def _(q, k, v, sequences, scale, layer, name):
+    """Sparse attention by the runner of that name."""
     return runners[name](q, k, v, sequences, scale, layer).contiguous()
 
 
-@torch.library.register_fake("proxyattn_hf::run")
+@run.register_fake
 def _(q, k, v, sequences, scale, layer, name):
     return q.new_empty(q.shape)
 
 
-@torch.library.impl("proxyattn_hf::note_dense", ("CPU", "CUDA"))
-def _(query, layer, reason):
+@_op("proxyattn_hf::note_dense")
+def note_dense(query: Tensor, layer: int | None, reason: str) -> Tensor:
+    """Records a dense call. Returns the query, which the call must use: an op without a user would
+    be left out."""
     record_dense(layer, reason)
     return query.clone()
 
 
-@torch.library.register_fake("proxyattn_hf::note_dense")
+@note_dense.register_fake
 def _(query, layer, reason):
     return torch.empty_like(query)
 
 
-torch.library.register_autograd("proxyattn_hf::note_dense", lambda ctx, grad: (grad, None, None))
+note_dense.register_autograd(lambda ctx, grad: (grad, None, None))

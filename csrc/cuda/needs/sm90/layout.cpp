@@ -3,8 +3,8 @@
 
 #include "proxyattn/needs.h"
 
-#include "cuda/needs/dispatch.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/needs/dispatch.h"
 #include "cuda/sm90/key_maps.h"
 
 namespace proxyattn::cuda::sm90 {
