@@ -155,6 +155,7 @@ SelectParams select_params(const Problem& problem) {
   params.num_sink_blocks = 1;
   params.num_local_blocks = 1;
   params.rows = params.list_rows = {0, problem.num_blocks()};
+  params.list_capacity = problem.num_blocks();
   return params;
 }
 
@@ -184,6 +185,9 @@ PipelineParams pipeline_params(const Problem& problem) {
   params.num_local_blocks = 1;
   params.v_strides = params.k_strides;
   params.out_strides = params.q_strides;
+  params.lse_pitch = params.q_len;
+  params.list_rows = {0, problem.num_blocks()};
+  params.list_capacity = problem.num_blocks();
   params.max_workspace_bytes = INT64_MAX;
   params.scale = problem.scale();
   params.pooling = problem.pooling;

@@ -16,6 +16,12 @@ PROXYATTN_HOST_DEVICE constexpr Int ceil_div(Int numerator, Int denominator) {
   return (numerator + denominator - 1) / denominator;
 }
 
+// Of numbers below 0 too, where / would round up. The denominator is positive.
+template <typename Int>
+PROXYATTN_HOST_DEVICE constexpr Int floor_div(Int numerator, Int denominator) {
+  return numerator / denominator - (numerator % denominator < 0 ? 1 : 0);
+}
+
 template <typename Int>
 PROXYATTN_HOST_DEVICE constexpr Int round_up(Int value, Int multiple) {
   return ceil_div(value, multiple) * multiple;

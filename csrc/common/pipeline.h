@@ -34,16 +34,22 @@ inline bool chooses_all_blocks(const PipelineParams& p) {
 
 enum class PipelineJob { kAttend, kChoose };
 
-constexpr const char* pipeline_op(PipelineJob job) {
-  return job == PipelineJob::kAttend ? "proxy_attention" : "choose_blocks";
+inline const char* pipeline_op(PipelineJob job, const PipelineParams& p) {
+  const bool packed = p.packed.q_starts != nullptr;
+  if (job == PipelineJob::kAttend) return packed ? "proxy_attention_varlen" : "proxy_attention";
+  return packed ? "choose_blocks_varlen" : "choose_blocks";
 }
 
 template <typename Stages, PipelineJob kJob>
 class Pipeline {
  public:
-  explicit Pipeline(const PipelineParams& params)
-      : p_(params), grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal} {
-    validate_pipeline(params, kOp);
+  explicit Pipeline(const PipelineParams& params) : Pipeline(params, pipeline_op(kJob, params)) {}
+  // `op` is what errors begin with; of the workspace the first `taken_bytes` are the caller's own.
+  Pipeline(const PipelineParams& params, const char* op, int64_t taken_bytes = 0)
+      : op_(op),
+        p_(params),
+        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal} {
+    validate_pipeline(params, op);
     // Whoever asks for lists gets rankings, whatever the counts are.
     dense_ = kAttends && chooses_all_blocks(p_);
     if (dense_) {
@@ -51,6 +57,7 @@ class Pipeline {
       p_.q_block = p_.kv_block = kAllBlocksSize;
       grid_ = {p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal};
     }
+    take(taken_bytes);
     plan();
   }
 
@@ -58,7 +65,7 @@ class Pipeline {
 
   template <typename... Extra>  // CUDA: the stream
   void run(Extra... extra) {
-    validate_workspace(kOp, p_.workspace, p_.workspace_bytes, total_bytes_);
+    validate_workspace(op_, p_.workspace, p_.workspace_bytes, total_bytes_);
     const int64_t num_rows = grid_.num_q_blocks();
     if (dense_) {
       Stages::attention(attention_params({0, num_rows}), extra...);
@@ -76,7 +83,6 @@ class Pipeline {
 
  private:
   static constexpr bool kAttends = kJob == PipelineJob::kAttend;
-  static constexpr const char* kOp = pipeline_op(kJob);
 
   bool top_p() const { return p_.budget_mode == BudgetMode::kTopP; }
 
@@ -152,7 +158,7 @@ class Pipeline {
   }
 
   void check_cap() const {
-    PROXYATTN_CHECK(total_bytes_ <= p_.max_workspace_bytes, kOp,
+    PROXYATTN_CHECK(total_bytes_ <= p_.max_workspace_bytes, op_,
                     ": max_workspace_bytes must be at least ", total_bytes_,
                     ", got max_workspace_bytes=", p_.max_workspace_bytes);
   }
@@ -180,6 +186,7 @@ class Pipeline {
   AttentionParams attention_params(const BlockRange& rows) const;
   int64_t stage_bytes() const { return total_bytes_ - stage_; }
 
+  const char* op_;
   PipelineParams p_;
   BlockGrid grid_;
   bool dense_ = false;
@@ -292,7 +299,8 @@ SelectParams Pipeline<Stages, kJob>::select_params(const BlockRange& rows) const
   s.num_sink_blocks = p_.num_sink_blocks;
   s.num_local_blocks = p_.num_local_blocks;
   s.rows = rows;
-  s.list_rows = kAttends ? rows : BlockRange{0, grid_.num_q_blocks()};
+  s.list_rows = kAttends ? rows : p_.list_rows;
+  s.list_capacity = kAttends ? grid_.num_kv_blocks() : p_.list_capacity;
   s.peak = at<float>(peak_);
   s.mass = top_p() ? at<float>(mass_) : nullptr;
   s.budgets = top_p() ? nullptr : at<int32_t>(needs_);
@@ -317,7 +325,7 @@ AttentionParams Pipeline<Stages, kJob>::attention_params(const BlockRange& rows)
   s.head_dim = p_.head_dim;
   s.list_heads = p_.proxy_heads;
   s.list_capacity = grid_.num_kv_blocks();
-  s.lse_pitch = p_.q_len;
+  s.lse_pitch = p_.lse_pitch;
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "proxyattn/sequences.h"
 
@@ -17,6 +18,14 @@
 namespace proxyattn {
 
 inline constexpr int64_t kWindowUnit = 128;
+
+// Keys of all sequences together, at most: what the caller says, or what their tensor or each one's
+// capacity holds.
+inline int64_t max_total_keys(const PackedSequences& packed, int64_t count, int64_t max_kv_len) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // kernels count with 32 bits
+  if (packed.max_total_kv > 0) return min_of(packed.max_total_kv, kMost);
+  return min_of(packed.page_table == nullptr ? packed.total_kv : count * max_kv_len, kMost);
+}
 
 struct alignas(16) Sequence {
   int32_t q_start;  // token of q, and of out
@@ -62,8 +71,103 @@ struct SequenceTable {
   }
 
   static int64_t max_units(const SequenceParams& p) {
-    return p.packed.max_total_kv / (p.stride * kWindowUnit) + p.count;
+    return max_total_keys(p.packed, p.count, p.max_kv_len) / (p.stride * kWindowUnit) + p.count;
   }
+};
+
+// What the tensors and the capacities of a call hold, in the numbers of the table.
+struct SequenceLimits {
+  int32_t total_q;   // tokens
+  int32_t total_kv;  // tokens; without pages
+  int32_t q_len;     // of one sequence
+  int32_t kv_len;    // of one sequence
+};
+
+inline SequenceLimits sequence_limits(const PackedSequences& packed,
+                                      int64_t max_q_len,
+                                      int64_t max_kv_len) {
+  const auto cut = [](int64_t tokens) {
+    return static_cast<int32_t>(min_of<int64_t>(tokens, std::numeric_limits<int32_t>::max()));
+  };
+  const int64_t held =
+      packed.page_table == nullptr ? packed.total_kv : packed.table_pages * packed.page_len;
+  return {cut(packed.total_q), cut(packed.total_kv), cut(min_of(max_q_len, packed.total_q)),
+          cut(min_of(max_kv_len, held))};
+}
+
+// A start in a tensor of `total` tokens that is no less than the one before it, `least`.
+PROXYATTN_HOST_DEVICE int32_t cut_start(int32_t start, int32_t least, int32_t total) {
+  return min_of(max_of(start, least), total);
+}
+
+// Tokens of a packed tensor, from one start to the next.
+struct TokenSpan {
+  int32_t begin;
+  int32_t end;
+};
+
+// Sequence `idx` between the starts that were cut for it; `kv` is not looked at with pages.
+// Whatever the numbers say, it lies in the tensors and is no longer than the capacities. Its places
+// among the blocks and windows of all sequences follow from those before it.
+PROXYATTN_HOST_DEVICE Sequence cut_sequence(const PackedSequences& packed,
+                                            const SequenceLimits& limits,
+                                            int32_t idx,
+                                            const TokenSpan& q,
+                                            const TokenSpan& kv) {
+  Sequence s{};
+  s.q_start = q.begin;
+  s.q_len = min_of(q.end - q.begin, limits.q_len);
+  s.kv_len = limits.kv_len;
+  if (packed.kv_starts != nullptr) {
+    s.kv_start = kv.begin;
+    s.kv_len = min_of(s.kv_len, kv.end - kv.begin);
+  }
+  if (packed.kv_lens != nullptr) s.kv_len = min_of(s.kv_len, max_of(packed.kv_lens[idx], 0));
+  s.idx = idx;
+  s.offset = s.kv_len - s.q_len;
+  return s;
+}
+
+// The page with the keys from `page` * page_len on of sequence `idx`, or -1, which reads as zeros,
+// where the table names none that there is.
+PROXYATTN_HOST_DEVICE int32_t cut_page(const PackedSequences& packed, int64_t idx, int64_t page) {
+  const int32_t id = packed.page_table[idx * packed.table_pages + page];
+  return 0 <= id && id < packed.num_pages ? id : -1;
+}
+
+// Reads the sequences of a call, one after another, where the host can.
+class SequenceReader {
+ public:
+  SequenceReader(const PackedSequences& packed, const SequenceLimits& limits, int64_t q_block)
+      : packed_(packed), limits_(limits), q_block_(q_block) {
+    q_.end = cut_start(packed.q_starts[0], 0, limits.total_q);
+    if (packed.kv_starts != nullptr) kv_.end = cut_start(packed.kv_starts[0], 0, limits.total_kv);
+  }
+
+  Sequence next() {
+    const int32_t idx = next_++;
+    advance(packed_.q_starts, limits_.total_q, &q_);
+    if (packed_.kv_starts != nullptr) advance(packed_.kv_starts, limits_.total_kv, &kv_);
+    Sequence s = cut_sequence(packed_, limits_, idx, q_, kv_);
+    s.first_q_block = static_cast<int32_t>(num_q_blocks_);
+    num_q_blocks_ += ceil_div<int64_t>(s.q_len, q_block_);
+    return s;
+  }
+
+ private:
+  // To the span that ends at the next start.
+  void advance(const int32_t* starts, int32_t total, TokenSpan* span) const {
+    span->begin = span->end;
+    span->end = cut_start(starts[next_], span->begin, total);
+  }
+
+  const PackedSequences& packed_;
+  const SequenceLimits limits_;
+  const int64_t q_block_;
+  TokenSpan q_{};
+  TokenSpan kv_{};
+  int32_t next_ = 0;
+  int64_t num_q_blocks_ = 0;
 };
 
 // Of any stage's params. `stride` is that of the proxies which the table says where to find.

@@ -17,7 +17,16 @@ void validate_needs(const NeedParams& params);
 const char* needs_op(const NeedParams& params);  // the op that estimates what these ask for
 void validate_select(const SelectParams& params, const char* op = "select_blocks");
 void validate_attention(const AttentionParams& params, const char* op = "block_sparse_attention");
+const char* attention_op(const AttentionParams& params);  // the op that these are for
 void validate_pipeline(const PipelineParams& params, const char* op = "proxy_attention");
+
+// Dense ops align queries with the last keys, and so must not have more of them where each sees the
+// keys up to its own. The core goes by q_offset, which may be anything.
+void validate_aligned_lengths(const char* op, int64_t q_len, int64_t kv_len, bool causal);
+
+// Where the keys of packed sequences are; a part of what is held to be right of such a call, for
+// who has to know it earlier.
+void validate_key_places(const PackedSequences& packed, const char* op);
 
 // A call with a workspace that is too small would write out of bounds.
 void validate_workspace(const char* op, const void* workspace, int64_t got, int64_t needed);

@@ -16,6 +16,7 @@
 #include "common/validate.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/sequences.h"
 #include "cpu/tiles.h"
 
 namespace proxyattn::cpu {
@@ -77,7 +78,7 @@ int64_t scratch_bytes(const AttentionParams& p) {
   return layout.bytes();
 }
 
-void check_lists(const AttentionParams& p) {
+void check_lists(const AttentionParams& p, const char* op) {
   const int64_t num_rows = p.list_rows.end - p.list_rows.begin;
   const int64_t heads_per_list = p.q_heads / p.list_heads;
   const int64_t num_blocks = ceil_div(p.kv_len, p.kv_block);
@@ -87,19 +88,25 @@ void check_lists(const AttentionParams& p) {
       int64_t longest = 0;
       for (int64_t head = list * heads_per_list; head < (list + 1) * heads_per_list; ++head) {
         const int64_t count = p.counts[head * num_rows + row];
-        PROXYATTN_CHECK(0 <= count && count <= p.list_capacity,
-                        "block_sparse_attention: counts must be in [0, ", p.list_capacity,
-                        "], the lists' capacity, got ", count);
+        PROXYATTN_CHECK(0 <= count && count <= p.list_capacity, op, ": counts must be in [0, ",
+                        p.list_capacity, "], the lists' capacity, got ", count);
         longest = max_of(longest, count);
       }
       const int32_t* entries = p.indices + (list * num_rows + row) * p.list_capacity;
       for (int64_t i = 0; i < longest; ++i) {
-        PROXYATTN_CHECK(0 <= entries[i] && entries[i] < num_blocks,
-                        "block_sparse_attention: indices must name key blocks in [0, ", num_blocks,
-                        "), got ", entries[i]);
+        PROXYATTN_CHECK(0 <= entries[i] && entries[i] < num_blocks, op,
+                        ": indices must name key blocks in [0, ", num_blocks, "), got ",
+                        entries[i]);
       }
     }
   }
+}
+
+// Those of `rows`, of all sequences, that are query blocks of this one, by its own numbers.
+BlockRange rows_among(const BlockRange& rows, int64_t first, const AttentionParams& sequence) {
+  const int64_t count = ceil_div(sequence.q_len, sequence.q_block);
+  const auto own = [&](int64_t row) { return min_of(max_of<int64_t>(row - first, 0), count); };
+  return {own(rows.begin), own(rows.end)};
 }
 
 // A query block of neighbouring heads of one batch entry, and what they read.
@@ -270,16 +277,21 @@ class Attender {
 }  // namespace
 
 int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params) {
-  validate_attention(params);
-  return scratch_bytes(params) * num_threads();
+  validate_attention(params, attention_op(params));
+  return 2 * gathered_bytes(params) + scratch_bytes(params) * num_threads();
 }
 
 void block_sparse_attention(const AttentionParams& params) {
-  validate_attention(params);
-  validate_workspace("block_sparse_attention", params.workspace, params.workspace_bytes,
+  const char* op = attention_op(params);
+  validate_attention(params, op);
+  validate_workspace(op, params.workspace, params.workspace_bytes,
                      block_sparse_attention_workspace_bytes(params));
-  if (params.indices != nullptr) check_lists(params);
-  Attender(params).run();
+  for_each_sequence(params, [&](AttentionParams dense, const Sequence& sequence) {
+    dense.rows = rows_among(params.rows, sequence.first_q_block, dense);
+    dense.workspace = static_cast<std::byte*>(params.workspace) + 2 * gathered_bytes(params);
+    if (dense.indices != nullptr) check_lists(dense, op);
+    Attender(dense).run();
+  });
 }
 
 }  // namespace proxyattn::cpu

@@ -22,10 +22,10 @@ struct BlockScan {
   int64_t num_keys;
   int64_t keys_per_block;  // divides kMaxTileKeys
   int64_t head_dim;
-  int64_t first_seen;  // row i sees the first min(first_seen + i, num_keys) keys, at least 1
+  int64_t first_seen;  // row i sees the first min(first_seen + i, num_keys) keys; below 0: none
   float scale;
 
-  int64_t seen(int64_t row) const { return min_of(first_seen + row, num_keys); }
+  int64_t seen(int64_t row) const { return max_of<int64_t>(0, min_of(first_seen + row, num_keys)); }
   // Key blocks that any row sees.
   int64_t num_blocks() const { return ceil_div(seen(num_rows - 1), keys_per_block); }
   // The first row that sees key block n; later ones do too.

@@ -200,7 +200,10 @@ class Estimator {
 int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
   validate_needs(params);
   if (is_trivial(params)) return 0;
-  return heads_at_a_time(params) * head_scratch_bytes(params) +
+  // No less than for fewer keys, of which more heads are held at a time.
+  const int64_t head_bytes = head_scratch_bytes(params);
+  const int64_t all_heads = params.batch * params.q_heads * head_bytes;
+  return max_of(head_bytes, min_of(kStatsBytes, all_heads)) +
          num_threads() * scan_scratch_bytes(params);
 }
 

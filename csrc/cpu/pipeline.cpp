@@ -1,6 +1,7 @@
 #include "proxyattn/pipeline.h"
 
 #include "common/pipeline.h"
+#include "cpu/sequences.h"
 
 namespace proxyattn::cpu {
 namespace {
@@ -18,25 +19,47 @@ struct Stages {
   static void attention(const AttentionParams& p) { block_sparse_attention(p); }
 };
 
-using Attend = Pipeline<Stages, PipelineJob::kAttend>;
-using Choose = Pipeline<Stages, PipelineJob::kChoose>;
+// What lies in front of the stages' buffers: gathered keys, and values where they are attended to.
+template <PipelineJob kJob>
+int64_t taken_bytes(const PipelineParams& p) {
+  return (kJob == PipelineJob::kAttend ? 2 : 1) * gathered_bytes(p);
+}
+
+template <PipelineJob kJob>
+int64_t workspace_bytes(const PipelineParams& p) {
+  const char* op = pipeline_op(kJob, p);
+  validate_pipeline(p, op);
+  return Pipeline<Stages, kJob>(longest_sequence(p), op, taken_bytes<kJob>(p)).workspace_bytes();
+}
+
+template <PipelineJob kJob>
+void run(const PipelineParams& p) {
+  const char* op = pipeline_op(kJob, p);
+  validate_workspace(op, p.workspace, p.workspace_bytes, workspace_bytes<kJob>(p));
+  for_each_sequence(p, [&](PipelineParams dense, const Sequence& sequence) {
+    if (p.shares != nullptr) dense.shares += sequence.idx * p.q_heads;
+    // A shorter sequence would take larger steps, for which the room may be too small.
+    if (p.packed.q_starts != nullptr) dense.max_workspace_bytes = p.workspace_bytes;
+    Pipeline<Stages, kJob>(dense, op, taken_bytes<kJob>(p)).run();
+  });
+}
 
 }  // namespace
 
 int64_t proxy_attention_workspace_bytes(const PipelineParams& params) {
-  return Attend(params).workspace_bytes();
+  return workspace_bytes<PipelineJob::kAttend>(params);
 }
 
 void proxy_attention(const PipelineParams& params) {
-  Attend(params).run();
+  run<PipelineJob::kAttend>(params);
 }
 
 int64_t choose_blocks_workspace_bytes(const PipelineParams& params) {
-  return Choose(params).workspace_bytes();
+  return workspace_bytes<PipelineJob::kChoose>(params);
 }
 
 void choose_blocks(const PipelineParams& params) {
-  Choose(params).run();
+  run<PipelineJob::kChoose>(params);
 }
 
 }  // namespace proxyattn::cpu

@@ -71,7 +71,7 @@ class Scorer {
     scan.keys_per_block = p_.kv_block / p_.stride;
     scan.head_dim = p_.head_dim;
     // Sampled row t stands at q_offset + stride * t and sampled key j at stride * j.
-    scan.first_seen = p_.causal ? p_.q_offset / p_.stride + first_row + 1 : scan.num_keys;
+    scan.first_seen = p_.causal ? floor_div(p_.q_offset, p_.stride) + first_row + 1 : scan.num_keys;
     scan.scale = p_.scale;
 
     scan_blocks(kernels_, scan, 0, scan.num_blocks(), scratch.scan, scratch.stats);

@@ -50,7 +50,7 @@ class Selector {
     return tensor + row_idx(list, m, p_.rows) * num_blocks_;
   }
   int32_t* ranking_of(int64_t list, int64_t m) const {
-    return p_.indices + row_idx(list, m, p_.list_rows) * num_blocks_;
+    return p_.indices + row_idx(list, m, p_.list_rows) * p_.list_capacity;
   }
 
   void rank(int64_t list, int64_t m, const ForcedBlocks& forced) const {
@@ -67,7 +67,7 @@ class Selector {
       const float peak_b = std::isnan(peak[b]) ? INFINITY : peak[b];
       return peak_a != peak_b ? peak_a > peak_b : a > b;
     });
-    std::fill(end, ranking + num_blocks_, -1);
+    std::fill(end, ranking + p_.list_capacity, -1);
   }
 
   void count(int64_t list, int64_t m, const ForcedBlocks& forced) const {

@@ -43,6 +43,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   params.causal = causal;
   params.dtype = dtype_of(q);
   validate_attention(params);
+  validate_aligned_lengths(kOp, params.q_len, params.kv_len, causal);
 
   params.rows = params.list_rows = {0, ceil_div(params.q_len, block_size)};
   params.lse_pitch = params.q_len;
@@ -58,9 +59,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   at::Tensor lse = return_lse ? at::empty({params.batch, params.q_heads, params.q_len},
                                           q.options().dtype(at::kFloat))
                               : unused_output(q);
-  // Without an element a tensor has no address, and no address would mean all visible blocks.
-  const at::Tensor lists =
-      indices.numel() > 0 ? indices.contiguous() : at::empty({1}, indices.options());
+  const at::Tensor lists = addressable(indices);
   const at::Tensor list_counts = counts.contiguous();
   params.q_strides = strides_of(q);
   params.k_strides = strides_of(k);

@@ -24,9 +24,8 @@ void check_rank(const char* op, const char* name, const at::Tensor& tensor, int6
 void check_shape(const char* op,
                  const char* name,
                  const at::Tensor& tensor,
-                 std::initializer_list<int64_t> expected) {
-  const at::IntArrayRef shape(expected);
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, op, ": ", name, " must have shape ", shape,
+                 at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, op, ": ", name, " must have shape ", expected,
                     ", got shape ", tensor.sizes());
 }
 
@@ -59,7 +58,7 @@ void check_input(const char* op,
                  const char* name,
                  const at::Tensor& tensor,
                  at::ScalarType dtype,
-                 std::initializer_list<int64_t> expected,
+                 at::IntArrayRef expected,
                  const char* other_name,
                  const at::Tensor& other) {
   check_dtype(op, name, tensor, dtype);
@@ -67,8 +66,8 @@ void check_input(const char* op,
   check_shape(op, name, tensor, expected);
 }
 
-void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor) {
-  check_rank(op, name, tensor, 4);
+void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor, int64_t rank) {
+  check_rank(op, name, tensor, rank);
   const at::ScalarType type = tensor.scalar_type();
   const bool is_half = type == at::kHalf || type == at::kBFloat16;
   if (tensor.is_cuda()) {
@@ -79,7 +78,7 @@ void check_heads_tensor(const char* op, const char* name, const at::Tensor& tens
                      " must be float32, float16 or bfloat16, got ", name_of(type));
   }
   // A dimension of size 1 or an empty tensor has no neighbours, whatever its stride says.
-  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1, op, ": ",
+  TORCH_CHECK_VALUE(tensor.numel() == 0 || tensor.size(-1) == 1 || tensor.stride(-1) == 1, op, ": ",
                     name, " must be contiguous in its last dimension, got strides ",
                     tensor.strides());
 }
@@ -129,6 +128,10 @@ BudgetMode budget_mode_of(const char* op, std::string_view name) {
 float scale_or_default(std::optional<double> scale, int64_t head_dim) {
   if (scale.has_value()) return static_cast<float>(*scale);
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
+}
+
+at::Tensor addressable(const at::Tensor& tensor) {
+  return tensor.numel() > 0 ? tensor.contiguous() : at::empty({1}, tensor.options());
 }
 
 at::Tensor make_workspace(const at::Tensor& like, int64_t bytes) {

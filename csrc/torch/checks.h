@@ -1,11 +1,11 @@
 // Rules about torch tensors: rank, dtype, device, layout. Rules about values live in the core.
 #pragma once
 
-#include <initializer_list>
 #include <optional>
 #include <string_view>
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
 
 #include "proxyattn/types.h"
@@ -15,7 +15,7 @@ namespace proxyattn::binding {
 void check_shape(const char* op,
                  const char* name,
                  const at::Tensor& tensor,
-                 std::initializer_list<int64_t> expected);
+                 at::IntArrayRef expected);
 void check_rank(const char* op, const char* name, const at::Tensor& tensor, int64_t rank);
 void check_dtype(const char* op, const char* name, const at::Tensor& tensor, at::ScalarType dtype);
 void check_device(const char* op,
@@ -35,13 +35,16 @@ void check_input(const char* op,
                  const char* name,
                  const at::Tensor& tensor,
                  at::ScalarType dtype,
-                 std::initializer_list<int64_t> expected,
+                 at::IntArrayRef expected,
                  const char* other_name,
                  const at::Tensor& other);
 
-// A [batch, tokens, heads, head_dim] input: rank 4, a floating type that its device has kernels
-// for, last dimension contiguous.
-void check_heads_tensor(const char* op, const char* name, const at::Tensor& tensor);
+// A [batch, tokens, heads, head_dim] tensor, or a packed one without the batch: the rank, a
+// floating type that its device has kernels for, last dimension contiguous.
+void check_heads_tensor(const char* op,
+                        const char* name,
+                        const at::Tensor& tensor,
+                        int64_t rank = 4);
 
 // q and k, or q, k and v as attention takes them: each a heads tensor, shapes that fit together.
 void check_qk(const char* op, const at::Tensor& q, const at::Tensor& k);
@@ -55,6 +58,10 @@ BudgetMode budget_mode_of(const char* op, std::string_view name);
 
 // 1 / sqrt(head_dim) unless the caller gave a scale.
 float scale_or_default(std::optional<double> scale, int64_t head_dim);
+
+// The elements one after another, and at an address even if there are none: no address would mean
+// that the tensor was not given.
+at::Tensor addressable(const at::Tensor& tensor);
 
 // Scratch of `bytes` bytes on the tensor's device.
 at::Tensor make_workspace(const at::Tensor& like, int64_t bytes);

@@ -25,9 +25,27 @@ void refuse_backward(const c10::OperatorHandle& op,
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
-constexpr const char* kOps[] = {"pool_heads",      "score_blocks",   "estimate_budgets",
-                                "estimate_shares", "select_blocks",  "block_sparse_attention",
-                                "choose_blocks",   "proxy_attention"};
+// A tensor that an op writes to is another one afterwards, for whoever keeps it for a backward.
+void count_writes(const c10::OperatorHandle& op,
+                  c10::DispatchKeySet keys,
+                  torch::jit::Stack* stack) {
+  const std::size_t num_arguments = op.schema().arguments().size();
+  for (std::size_t i = 0; i < num_arguments; ++i) {
+    const c10::AliasInfo* alias = op.schema().arguments()[i].alias_info();
+    const c10::IValue& value = torch::jit::peek(*stack, i, num_arguments);
+    if (alias == nullptr || !alias->isWrite() || !value.isTensor()) continue;
+    const at::Tensor& tensor = value.toTensor();
+    if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+  }
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+constexpr const char* kOps[] = {
+    "pool_heads",           "score_blocks",          "estimate_budgets",
+    "estimate_shares",      "select_blocks",         "block_sparse_attention",
+    "choose_blocks",        "proxy_attention",       "block_sparse_attention_varlen",
+    "choose_blocks_varlen", "proxy_attention_varlen"};
+constexpr const char* kWritingOps[] = {"block_sparse_attention_varlen", "proxy_attention_varlen"};
 
 // One binding serves both devices: it asks backend_of() for the core functions.
 void register_kernels(torch::Library& library) {
@@ -39,6 +57,9 @@ void register_kernels(torch::Library& library) {
   library.impl("block_sparse_attention", block_sparse_attention);
   library.impl("choose_blocks", choose_blocks);
   library.impl("proxy_attention", proxy_attention);
+  library.impl("block_sparse_attention_varlen", block_sparse_attention_varlen);
+  library.impl("choose_blocks_varlen", choose_blocks_varlen);
+  library.impl("proxy_attention_varlen", proxy_attention_varlen);
 }
 
 }  // namespace
@@ -73,6 +94,27 @@ TORCH_LIBRARY(proxyattn, library) {
       "int stride, str pooling, int block_size, int num_proxy_heads, str budget_mode, "
       "int min_budget, int num_sink_blocks, int num_local_blocks, Tensor? shares, "
       "bool return_lse, int? max_workspace_bytes) -> (Tensor out, Tensor lse)");
+  // `out`, if given, is written, and the first result is then an unused one: what an op returns
+  // must not be one of its arguments.
+  library.def(
+      "block_sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor indices, "
+      "Tensor counts, Tensor? block_table, Tensor? seqused_k, int block_size, bool causal, "
+      "float? scale, bool return_lse, Tensor(a!)? out) -> (Tensor out, Tensor lse)");
+  library.def(
+      "choose_blocks_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
+      "bool causal, float? scale, float gamma, int stride, str pooling, int block_size, "
+      "int num_proxy_heads, str budget_mode, int min_budget, int num_sink_blocks, "
+      "int num_local_blocks, Tensor? shares, int? max_workspace_bytes) "
+      "-> (Tensor indices, Tensor counts)");
+  library.def(
+      "proxy_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, "
+      "Tensor? seqused_k, bool causal, float? scale, float gamma, int stride, str pooling, "
+      "int block_size, int num_proxy_heads, str budget_mode, int min_budget, int num_sink_blocks, "
+      "int num_local_blocks, Tensor? shares, bool return_lse, int? max_workspace_bytes, "
+      "Tensor(a!)? out) -> (Tensor out, Tensor lse)");
 }
 
 TORCH_LIBRARY_IMPL(proxyattn, CPU, library) {
@@ -80,6 +122,12 @@ TORCH_LIBRARY_IMPL(proxyattn, CPU, library) {
 }
 TORCH_LIBRARY_IMPL(proxyattn, CUDA, library) {
   register_kernels(library);
+}
+
+TORCH_LIBRARY_IMPL(proxyattn, ADInplaceOrView, library) {
+  for (const char* op : kWritingOps) {
+    library.impl(op, torch::CppFunction::makeFromBoxedFunction<&count_writes>());
+  }
 }
 
 TORCH_LIBRARY_IMPL(proxyattn, Autograd, library) {

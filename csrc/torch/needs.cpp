@@ -40,6 +40,7 @@ NeedParams need_params(const char* op,
 
 at::Tensor estimate(NeedParams& params, const at::Tensor& q) {
   validate_needs(params);
+  validate_aligned_lengths(needs_op(params), params.q_len, params.kv_len, params.causal);
   const Backend& backend = backend_of(needs_op(params), q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);

@@ -1,5 +1,3 @@
-#include <limits>
-
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -8,66 +6,33 @@
 #include "common/math.h"
 #include "common/validate.h"
 #include "ops.h"
+#include "settings.h"
 
 namespace proxyattn::binding {
 
 namespace {
 
-// What both ops fill alike: everything but outputs, values and workspace. `shares` must live on.
-PipelineParams pipeline_params(const char* op,
-                               const at::Tensor& q,
-                               const at::Tensor& k,
-                               bool causal,
-                               std::optional<double> scale,
-                               double gamma,
-                               int64_t stride,
-                               std::string_view pooling,
-                               int64_t block_size,
-                               int64_t num_proxy_heads,
-                               std::string_view budget_mode,
-                               int64_t min_budget,
-                               int64_t num_sink_blocks,
-                               int64_t num_local_blocks,
-                               const std::optional<at::Tensor>& shares,
-                               std::optional<int64_t> max_workspace_bytes) {
+// What both ops fill alike: everything but outputs, values and workspace.
+PipelineParams dense_params(const char* op,
+                            const at::Tensor& q,
+                            const at::Tensor& k,
+                            Settings& settings) {
   PipelineParams params{};
   params.batch = q.size(0);
   params.q_len = q.size(1);
   params.kv_len = k.size(1);
   params.q_heads = q.size(2);
   params.kv_heads = k.size(2);
-  params.proxy_heads = num_proxy_heads;
   params.head_dim = q.size(3);
-  params.stride = stride;
-  params.q_block = block_size;
-  params.kv_block = block_size;
   params.q_offset = params.kv_len - params.q_len;
-  params.min_budget = min_budget;
-  params.num_sink_blocks = num_sink_blocks;
-  params.num_local_blocks = num_local_blocks;
   params.q_strides = strides_of(q);
   params.k_strides = strides_of(k);
   params.q = q.const_data_ptr();
   params.k = k.const_data_ptr();
-  params.shares = shares.has_value() ? shares->const_data_ptr<float>() : nullptr;
-  params.max_workspace_bytes = max_workspace_bytes.value_or(std::numeric_limits<int64_t>::max());
-  params.gamma = gamma;
-  params.scale = scale_or_default(scale, params.head_dim);
-  params.pooling = pooling_of(op, pooling);
-  params.budget_mode = budget_mode_of(op, budget_mode);
-  params.causal = causal;
   params.dtype = dtype_of(q);
-  validate_pipeline(params, op);
+  apply_settings(op, settings, q, params);
+  validate_aligned_lengths(op, params.q_len, params.kv_len, params.causal);
   return params;
-}
-
-// Shares as the core reads them.
-std::optional<at::Tensor> checked_shares(const char* op,
-                                         const std::optional<at::Tensor>& shares,
-                                         const at::Tensor& q) {
-  if (!shares.has_value()) return std::nullopt;
-  check_input(op, "shares", *shares, at::kFloat, {q.size(0), q.size(2)}, "q", q);
-  return shares->contiguous();
 }
 
 }  // namespace
@@ -89,19 +54,30 @@ TensorPair choose_blocks(const at::Tensor& q,
                          std::optional<int64_t> max_workspace_bytes) {
   constexpr const char* kOp = "choose_blocks";
   check_qk(kOp, q, k);
-  const std::optional<at::Tensor> head_shares = checked_shares(kOp, shares, q);
-  PipelineParams params = pipeline_params(
-      kOp, q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, budget_mode,
-      min_budget, num_sink_blocks, num_local_blocks, head_shares, max_workspace_bytes);
+  Settings settings{causal,
+                    scale,
+                    gamma,
+                    stride,
+                    pooling,
+                    block_size,
+                    num_proxy_heads,
+                    budget_mode,
+                    min_budget,
+                    num_sink_blocks,
+                    num_local_blocks,
+                    shares,
+                    max_workspace_bytes};
+  PipelineParams params = dense_params(kOp, q, k, settings);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
 
   const auto int32 = q.options().dtype(at::kInt);
-  const int64_t num_rows = ceil_div(params.q_len, block_size);
-  at::Tensor indices = at::empty(
-      {params.batch, num_proxy_heads, num_rows, ceil_div(params.kv_len, block_size)}, int32);
-  at::Tensor counts = at::empty({params.batch, params.q_heads, num_rows}, int32);
+  params.list_rows = {0, ceil_div(params.q_len, block_size)};
+  params.list_capacity = ceil_div(params.kv_len, block_size);
+  at::Tensor indices =
+      at::empty({params.batch, num_proxy_heads, params.list_rows.end, params.list_capacity}, int32);
+  at::Tensor counts = at::empty({params.batch, params.q_heads, params.list_rows.end}, int32);
   params.indices = indices.mutable_data_ptr<int32_t>();
   params.counts = counts.mutable_data_ptr<int32_t>();
   params.workspace_bytes = backend.choose_blocks_workspace_bytes(params);
@@ -130,10 +106,20 @@ TensorPair proxy_attention(const at::Tensor& q,
                            std::optional<int64_t> max_workspace_bytes) {
   constexpr const char* kOp = "proxy_attention";
   check_qkv(kOp, q, k, v);
-  const std::optional<at::Tensor> head_shares = checked_shares(kOp, shares, q);
-  PipelineParams params = pipeline_params(
-      kOp, q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, budget_mode,
-      min_budget, num_sink_blocks, num_local_blocks, head_shares, max_workspace_bytes);
+  Settings settings{causal,
+                    scale,
+                    gamma,
+                    stride,
+                    pooling,
+                    block_size,
+                    num_proxy_heads,
+                    budget_mode,
+                    min_budget,
+                    num_sink_blocks,
+                    num_local_blocks,
+                    shares,
+                    max_workspace_bytes};
+  PipelineParams params = dense_params(kOp, q, k, settings);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
   const Stream stream = backend.begin(q);
@@ -148,6 +134,7 @@ TensorPair proxy_attention(const at::Tensor& q,
   params.v = v.const_data_ptr();
   params.out = out.mutable_data_ptr();
   params.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
+  params.lse_pitch = params.q_len;
   params.workspace_bytes = backend.proxy_attention_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();

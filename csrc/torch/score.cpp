@@ -38,6 +38,7 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
   params.causal = causal;
   params.dtype = dtype_of(q_proxy);
   validate_score(params);
+  validate_aligned_lengths(kOp, q_len, kv_len, causal);
   check_shape(kOp, "q_proxy", q_proxy,
               {params.batch, ceil_div(q_len, stride), params.proxy_heads, params.head_dim});
   check_shape(kOp, "k_proxy", k_proxy,

@@ -42,11 +42,12 @@ TensorPair select_blocks(const at::Tensor& peak,
   params.budget_mode = budget_mode_of(kOp, budget_mode);
   params.causal = causal;
   validate_select(params);
+  validate_aligned_lengths(kOp, q_len, kv_len, causal);
 
   params.rows = params.list_rows = {0, ceil_div(q_len, block_size)};
+  params.list_capacity = ceil_div(kv_len, block_size);
   const bool top_p = params.budget_mode == BudgetMode::kTopP;
-  const auto shape = {params.batch, params.proxy_heads, params.rows.end,
-                      ceil_div(kv_len, block_size)};
+  const auto shape = {params.batch, params.proxy_heads, params.rows.end, params.list_capacity};
   check_shape(kOp, "peak", peak, shape);
   check_input(kOp, "needs", needs, top_p ? at::kFloat : at::kInt, {params.batch, num_heads}, "peak",
               peak);

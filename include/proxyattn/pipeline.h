@@ -36,13 +36,16 @@ struct PipelineParams {
   void* workspace;      // <op>_workspace_bytes(params) bytes; null when that is 0
 
   // proxy_attention
-  const void* v;  // [batch, kv_len, kv_heads, head_dim]
-  void* out;      // [batch, q_len, q_heads, head_dim]
-  float* lse;     // [batch, q_heads, q_len], natural log; null: not wanted
+  const void* v;      // [batch, kv_len, kv_heads, head_dim]
+  void* out;          // [batch, q_len, q_heads, head_dim]
+  float* lse;         // [batch, q_heads, lse_pitch], natural log; null: not wanted
+  int64_t lse_pitch;  // queries that lse holds of a head: q_len, or all packed ones
 
   // choose_blocks
-  int32_t* indices;  // [batch, proxy_heads, query blocks, key blocks], -1 past visible
-  int32_t* counts;   // [batch, q_heads, query blocks]
+  int32_t* indices;       // [batch, proxy_heads, list_rows, list_capacity], -1 past visible
+  int32_t* counts;        // [batch, q_heads, list_rows]
+  BlockRange list_rows;   // query blocks that these hold: all, of packed sequences all of theirs
+  int64_t list_capacity;  // entries that a list has room for, at least all key blocks
 
   int64_t workspace_bytes;
   int64_t max_workspace_bytes;  // cap on workspace_bytes; INT64_MAX: none

@@ -20,15 +20,16 @@ struct SelectParams {
   int64_t min_budget;  // tokens
   int64_t num_sink_blocks;
   int64_t num_local_blocks;
-  BlockRange rows;       // query blocks to select for, and those that peak and mass hold
-  BlockRange list_rows;  // query blocks that indices and counts hold; includes `rows`
+  BlockRange rows;        // query blocks to select for, and those that peak and mass hold
+  BlockRange list_rows;   // query blocks that indices and counts hold; includes `rows`
+  int64_t list_capacity;  // entries that a list has room for, at least all key blocks
 
   const float* peak;       // [batch, proxy_heads, rows, ceil(kv_len / kv_block)]
   const float* mass;       // same shape; null unless budget_mode is kTopP
   const int32_t* budgets;  // [batch, q_heads]; null unless kLastBlock
   const float* shares;     // [batch, q_heads]; null unless kTopP
-  int32_t* indices;  // [batch, proxy_heads, list_rows, ceil(kv_len / kv_block)], -1 past visible
-  int32_t* counts;   // [batch, q_heads, list_rows]
+  int32_t* indices;        // [batch, proxy_heads, list_rows, list_capacity], -1 past visible
+  int32_t* counts;         // [batch, q_heads, list_rows]
 
   double gamma;  // kTopP: share of its attention that a head keeps
   BudgetMode budget_mode;

@@ -19,16 +19,21 @@ struct PackedSequences {
   int64_t total_q = 0;                  // tokens of q
   int64_t total_kv = 0;                 // tokens of k and v, without pages
   int64_t table_pages = 0;
-  int64_t num_pages = 0;        // of the cache [num_pages, page_len, kv_heads, head_dim]
-  int64_t page_len = 0;         // tokens; k and v strides count pages as batch entries
-  int64_t max_total_kv = 0;     // keys of all sequences together, at most
+  int64_t num_pages = 0;     // of the cache [num_pages, page_len, kv_heads, head_dim]
+  int64_t page_len = 0;      // tokens; k and v strides count pages as batch entries
+  int64_t max_total_kv = 0;  // keys of all sequences together, at most; 0: nobody knows
+  // Query blocks of all sequences to work on; none: all.
+  BlockRange blocks = {0, 0};
   const void* table = nullptr;  // what prepare_sequences made of these, if it did already
   int64_t table_stride = 1;     // SequenceParams::stride of then
 };
 
-// The query blocks of all sequences, one sequence after another, are at most so many.
+// The query blocks that are worked on are at most so many: those of all sequences, one sequence
+// after another, or a range of them. To what works on a range, a sequence is what the range has of
+// it.
 inline int64_t max_packed_blocks(const PackedSequences& packed, int64_t count, int64_t q_block) {
-  return packed.total_q / q_block + count;
+  const int64_t range = packed.blocks.end - packed.blocks.begin;
+  return range > 0 ? range : packed.total_q / q_block + count;
 }
 
 struct SequenceParams {

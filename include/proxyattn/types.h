@@ -36,6 +36,7 @@ struct BlockRange {
 inline constexpr int64_t kHeadDims[] = {64, 128, 256};
 inline constexpr int64_t kBlockSizes[] = {64, 128};
 inline constexpr int64_t kStrides[] = {1, 2, 4, 8};
+inline constexpr int64_t kPageSizes[] = {16, 32, 64, 128, 256};
 // The CUDA selector sorts one row of key blocks inside a thread block: 1M tokens in blocks of 64.
 inline constexpr int64_t kMaxCudaKvBlocks = 16384;
 

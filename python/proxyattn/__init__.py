@@ -17,6 +17,7 @@ except ImportError as error:
 
 from proxyattn import _meta
 from proxyattn._config import show_config, supported_configs
+from proxyattn._packed_checks import check_sequences
 from proxyattn.ops import (
     block_sparse_attention,
     check_block_lists,
@@ -28,17 +29,26 @@ from proxyattn.ops import (
     score_blocks,
     select_blocks,
 )
+from proxyattn.varlen import (
+    block_sparse_attention_varlen,
+    choose_blocks_varlen,
+    proxy_attention_varlen,
+)
 
 __version__ = _C.version
 
 __all__ = [
     "block_sparse_attention",
+    "block_sparse_attention_varlen",
     "check_block_lists",
+    "check_sequences",
     "choose_blocks",
+    "choose_blocks_varlen",
     "estimate_budgets",
     "estimate_shares",
     "pool_heads",
     "proxy_attention",
+    "proxy_attention_varlen",
     "score_blocks",
     "select_blocks",
     "show_config",

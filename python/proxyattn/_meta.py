@@ -87,3 +87,93 @@ def _(q, k, v, *settings):
     *_, shares, return_lse, _max_workspace_bytes = settings
     _check_devices("proxy_attention", q=q, k=k, v=v, shares=shares)
     return _attention_outputs(q, return_lse)
+
+
+def _check_packed_devices(
+    op, q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k, **others
+):
+    given = {"k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    given |= {"block_table": block_table, "seqused_k": seqused_k, **others}
+    _check_devices(op, q=q, **given)
+
+
+def _packed_rows(q, cu_seqlens_q, block_size):
+    return q.shape[0] // block_size + cu_seqlens_q.shape[0] - 1
+
+
+def _packed_outputs(q, return_lse, out):
+    lse_shape = (q.shape[1], q.shape[0]) if return_lse else (0,)
+    # What the caller brings is written, not returned.
+    result = q.new_empty(q.shape) if out is None else q.new_empty(0, dtype=torch.float32)
+    return result, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@register_fake("proxyattn::block_sparse_attention_varlen")
+def _(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    indices,
+    counts,
+    block_table,
+    seqused_k,
+    block_size,
+    causal,
+    scale,
+    return_lse,
+    out,
+):
+    places = (cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
+    lists = {"indices": indices, "counts": counts}
+    _check_packed_devices("block_sparse_attention_varlen", q, k, v, *places, **lists, out=out)
+    return _packed_outputs(q, return_lse, out)
+
+
+@register_fake("proxyattn::choose_blocks_varlen")
+def _(
+    q,
+    k,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_table,
+    seqused_k,
+    causal,
+    scale,
+    gamma,
+    stride,
+    pooling,
+    block_size,
+    num_proxy_heads,
+    *settings,
+):
+    places = (cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
+    _check_packed_devices("choose_blocks_varlen", q, k, None, *places, shares=settings[-2])
+    rows = _packed_rows(q, cu_seqlens_q, block_size)
+    blocks = _ceil_div(max_seqlen_k, block_size)
+    counts = q.new_empty(q.shape[1], rows, dtype=torch.int32)
+    return q.new_empty(num_proxy_heads, rows, blocks, dtype=torch.int32), counts
+
+
+@register_fake("proxyattn::proxy_attention_varlen")
+def _(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    block_table,
+    seqused_k,
+    *settings,
+):
+    *_, shares, return_lse, _max_workspace_bytes, out = settings
+    places = (cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
+    _check_packed_devices("proxy_attention_varlen", q, k, v, *places, shares=shares, out=out)
+    return _packed_outputs(q, return_lse, out)

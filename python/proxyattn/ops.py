@@ -44,7 +44,7 @@ def _proxy_heads(num_proxy_heads: int | None, q: Tensor, k: Tensor) -> int:
     if num_proxy_heads is not None:
         return num_proxy_heads
     # A wrong rank is reported by the op.
-    return default_proxy_heads(q.shape[2], k.shape[2]) if q.dim() == k.dim() == 4 else 1
+    return default_proxy_heads(q.shape[-2], k.shape[-2]) if min(q.dim(), k.dim()) > 1 else 1
 
 
 def _default_of(mode_defaults: dict, value, budget_mode: str):
@@ -52,6 +52,11 @@ def _default_of(mode_defaults: dict, value, budget_mode: str):
         return value
     # An unknown mode is reported by the op.
     return mode_defaults.get(budget_mode, 0)
+
+
+def checks_wanted() -> bool:
+    """Whether the environment asks for what only a look at the device's numbers shows."""
+    return os.environ.get("PROXYATTN_CHECK", "0") not in ("", "0")
 
 
 def pool_heads(
@@ -277,7 +282,7 @@ def block_sparse_attention(
         ``out [B, M, Hq, D]`` in the dtype of q, and ``lse`` fp32 ``[B, Hq, M]``, natural log, or an
         empty tensor of shape ``[0]`` unless asked for. A query that sees nothing gets 0 and -inf.
     """
-    if os.environ.get("PROXYATTN_CHECK", "0") not in ("", "0"):
+    if checks_wanted():
         check_block_lists(indices, counts, k.shape[1], block_size)
     return torch.ops.proxyattn.block_sparse_attention(
         q, k, v, indices, counts, block_size, causal, scale, return_lse
@@ -313,22 +318,37 @@ def check_block_lists(
     expected = [indices.shape[0], q_heads, indices.shape[2]]
     if list(counts.shape) != expected:
         raise ValueError(f"{op}: counts must have shape {expected}, got shape {list(counts.shape)}")
+    blocks = torch.full((indices.shape[2],), -(-kv_len // block_size), device=indices.device)
+    check_list_entries(op, indices, counts, blocks)
+
+
+def check_list_entries(op: str, indices: Tensor, counts: Tensor, num_kv_blocks: Tensor) -> None:
+    """Raises ValueError unless counts and entries lie where they may, each entry once in its list.
+
+    Args:
+        op: what the error begins with.
+        indices: int32 ``[B, L, Mb, C]``.
+        counts: int32 ``[B, Hq, Mb]``; L divides Hq.
+        num_kv_blocks: integers ``[Mb]``, the key blocks that the lists of a query block may name.
+    """
+    list_heads, q_heads = indices.shape[1], counts.shape[1]
     capacity = indices.shape[3]
     bad = counts[(counts < 0) | (counts > capacity)]
     if bad.numel():
         raise ValueError(
             f"{op}: counts must be in [0, {capacity}], the lists' capacity, got {int(bad[0])}"
         )
-    num_kv_blocks = -(-kv_len // block_size)
     longest = counts.unflatten(1, (list_heads, q_heads // list_heads)).amax(2)
     used = torch.arange(capacity, device=indices.device) < longest[..., None]
-    bad = indices[used & ((indices < 0) | (indices >= num_kv_blocks))]
-    if bad.numel():
+    limits = num_kv_blocks[:, None].expand(indices.shape)
+    outside = used & ((indices < 0) | (indices >= limits))
+    if outside.any():
         raise ValueError(
-            f"{op}: indices must name key blocks in [0, {num_kv_blocks}), got {int(bad[0])}"
+            f"{op}: indices must name key blocks in [0, {int(limits[outside][0])}), "
+            f"got {int(indices[outside][0])}"
         )
     # Unused places get distinct numbers past the blocks, so that only real repeats are equal.
-    filler = num_kv_blocks + torch.arange(capacity, device=indices.device)
+    filler = limits + torch.arange(capacity, device=indices.device)
     ordered = torch.where(used, indices, filler).sort(dim=3).values
     repeated = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
     if repeated.numel():

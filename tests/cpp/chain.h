@@ -52,6 +52,7 @@ inline Outputs attend(PipelineParams p) {
   p.out_strides = outputs.out.strides;
   p.out = outputs.out.data();
   p.lse = outputs.lse.data();
+  p.lse_pitch = p.q_len;
   const Workspace workspace(p, cpu::proxy_attention_workspace_bytes(p));
   cpu::proxy_attention(p);
   return outputs;
@@ -62,6 +63,8 @@ inline Lists choose(PipelineParams p) {
   Lists lists = empty_lists(p);
   p.indices = lists.indices.data();
   p.counts = lists.counts.data();
+  p.list_rows = {0, ceil_div(p.q_len, p.q_block)};
+  p.list_capacity = ceil_div(p.kv_len, p.kv_block);
   const Workspace workspace(p, cpu::choose_blocks_workspace_bytes(p));
   cpu::choose_blocks(p);
   return lists;
@@ -184,6 +187,7 @@ inline Lists choose_by_stages(const PipelineParams& p) {
   s.num_sink_blocks = p.num_sink_blocks;
   s.num_local_blocks = p.num_local_blocks;
   s.rows = s.list_rows = {0, ceil_div(p.q_len, p.q_block)};
+  s.list_capacity = ceil_div(p.kv_len, p.kv_block);
   s.peak = scores.peak.data();
   s.mass = scores.mass.data();
   s.budgets = needs.budgets.data();

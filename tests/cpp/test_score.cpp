@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "common/block_grid.h"
+#include "common/validate.h"
 #include "families.h"
 #include "reference.h"
 #include "tensors.h"
@@ -256,10 +257,10 @@ TEST(rules) {
                "score_blocks: k_proxy must have heads that divide those of q_proxy, got "
                "k_proxy.size(2)=2, q_proxy.size(2)=1",
                score(c, x, two));
-  c.q_len = 65;
+  validate_aligned_lengths("score_blocks", 65, 64, /*causal=*/false);
   CHECK_THROWS(InvalidArgument,
                "score_blocks: q_len must be at most kv_len when causal, got q_len=65, kv_len=64",
-               score(c, x, x));
+               validate_aligned_lengths("score_blocks", 65, 64, /*causal=*/true));
 }
 
 }  // namespace

@@ -81,6 +81,7 @@ void select(const Case& c, const BlockRange& rows, Selection* out) {
   p.num_local_blocks = c.num_local_blocks;
   p.rows = rows;
   p.list_rows = {0, num_rows};
+  p.list_capacity = num_blocks;
   p.peak = peak.data();
   p.mass = mass.empty() ? nullptr : mass.data();
   p.budgets = c.budgets.data();

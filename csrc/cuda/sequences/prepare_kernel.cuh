@@ -18,14 +18,15 @@
 
 namespace proxyattn::cuda {
 
-inline constexpr int kPrepareThreads = 1024;
+inline constexpr int kPrepareThreads = 512;
 
 struct PrepareProblem {
   PackedSequences packed;
   SequenceTable table;
-  int max_q_len;
-  int max_kv_len;  // with pages no more than the page table holds
+  SequenceLimits limits;
   int max_total_kv;
+  int first_block;  // of the query blocks of all sequences: those to work on
+  int end_block;
   int q_block;
   int kv_block;
   int unit_tokens;  // of kWindowUnit windows
@@ -38,11 +39,13 @@ struct MaxOf {
 
 class SequencePreparer {
   using Scan = cub::BlockScan<int, kPrepareThreads>;
+  using LongScan = cub::BlockScan<long long, kPrepareThreads>;  // lengths may be any numbers
   using Sort = cub::BlockRadixSort<int, kPrepareThreads, 1, int>;
 
  public:
   union Shared {
     typename Scan::TempStorage scan;
+    typename LongScan::TempStorage long_scan;
     typename Sort::TempStorage sort;
   };
 
@@ -55,7 +58,8 @@ class SequencePreparer {
     int blocks = 0;
     for (int first = 0; first < count(); first += kPrepareThreads) order(first, blocks);
     if (thread_ == 0) p_.table.blocks_before[count()] = blocks;
-    fill(p_.table.block_sequence, p_.table.max_q_blocks, q_blocks_,
+    fill(p_.table.block_sequence, p_.table.max_q_blocks,
+         min(q_blocks_, p_.end_block) - p_.first_block,
          [](const Sequence& s) { return s.first_q_block; });
     fill(p_.table.unit_sequence, p_.table.max_key_units, key_units_,
          [](const Sequence& s) { return s.first_key_unit; });
@@ -64,23 +68,26 @@ class SequencePreparer {
  private:
   PROXYATTN_DEVICE int count() const { return p_.table.count; }
 
-  // The start of sequence i, no less than those before, and of the one behind it.
-  PROXYATTN_DEVICE int2 rising_starts(const int32_t* starts, int64_t total, int i, int& carried) {
-    const auto cut = [&](int at) {
-      return at <= count() ? min(max(starts[at], 0), static_cast<int>(total)) : 0;
-    };
-    int start = max(carried, i < count() ? cut(i) : 0);
-    int largest;
-    Scan(shared_.scan).InclusiveScan(start, start, MaxOf(), largest);
+  // From the start of sequence i to the next, each no less than those before.
+  PROXYATTN_DEVICE TokenSpan rising_starts(const int32_t* starts,
+                                           int32_t total,
+                                           int i,
+                                           int& least) {
+    int begin = cut_start(i < count() ? starts[i] : 0, least, total);
+    Scan(shared_.scan).InclusiveScan(begin, begin, MaxOf(), least);
     __syncthreads();  // the scan's scratch is free again
-    carried = largest;
-    return {start, i < count() ? max(start, cut(i + 1)) : start};
+    return {begin, i < count() ? cut_start(starts[i + 1], begin, total) : begin};
   }
 
-  PROXYATTN_DEVICE int sum_before(int value, int& carried) {
-    int before;
-    int total;
-    Scan(shared_.scan).ExclusiveSum(value, before, total);
+  template <typename Sum>
+  PROXYATTN_DEVICE Sum sum_before(int value, Sum& carried) {
+    Sum before;
+    Sum total;
+    if constexpr (sizeof(Sum) == sizeof(int)) {
+      Scan(shared_.scan).ExclusiveSum(value, before, total);
+    } else {
+      LongScan(shared_.long_scan).ExclusiveSum(Sum{value}, before, total);
+    }
     __syncthreads();  // the scan's scratch is free again
     before += carried;
     carried += total;
@@ -89,28 +96,36 @@ class SequencePreparer {
 
   PROXYATTN_DEVICE void place(int i) {
     const PackedSequences& packed = p_.packed;
+    const TokenSpan q = rising_starts(packed.q_starts, p_.limits.total_q, i, q_start_);
+    TokenSpan kv{};
+    if (packed.kv_starts != nullptr) {
+      kv = rising_starts(packed.kv_starts, p_.limits.total_kv, i, kv_start_);
+    }
     const bool exists = i < count();
     Sequence s{};
-    s.idx = i;
-    const int2 q = rising_starts(packed.q_starts, packed.total_q, i, q_start_);
-    s.q_start = q.x;
-    s.q_len = min(q.y - q.x, p_.max_q_len);
-    s.kv_len = p_.max_kv_len;
-    if (packed.kv_starts != nullptr) {
-      const int2 kv = rising_starts(packed.kv_starts, packed.total_kv, i, kv_start_);
-      s.kv_start = kv.x;
-      s.kv_len = min(kv.y - kv.x, s.kv_len);
-    }
-    if (packed.kv_lens != nullptr && exists) s.kv_len = min(max(packed.kv_lens[i], 0), s.kv_len);
-    if (!exists) s.q_len = s.kv_len = 0;
+    if (exists) s = cut_sequence(packed, p_.limits, i, q, kv);
     s.first_q_block = sum_before(ceil_div(s.q_len, p_.q_block), q_blocks_);
     // Keys that are more than the capacity of all sequences are nobody's.
-    const int keys_before = sum_before(s.kv_len, keys_);
-    s.kv_len = max(0, min(s.kv_len, p_.max_total_kv - keys_before));
+    const long long keys_before = sum_before(s.kv_len, keys_);
+    const long long keys_left = max_of<long long>(0, p_.max_total_kv - keys_before);
+    s.kv_len = static_cast<int>(min_of<long long>(s.kv_len, keys_left));
     s.offset = s.kv_len - s.q_len;
+    cut_queries(s);
     s.first_kv_block = sum_before(ceil_div(s.kv_len, p_.kv_block), kv_blocks_);
     s.first_key_unit = sum_before(ceil_div(s.kv_len, p_.unit_tokens), key_units_);
     if (exists) p_.table.sequences[i] = s;
+  }
+
+  // To the query blocks that are worked on, which are numbered anew.
+  PROXYATTN_DEVICE void cut_queries(Sequence& s) const {
+    const int blocks = ceil_div(s.q_len, p_.q_block);
+    const int begin = min(max(p_.first_block - s.first_q_block, 0), blocks);
+    const int end = min(max(p_.end_block - s.first_q_block, begin), blocks);
+    s.q_len = min(end * p_.q_block, s.q_len) - begin * p_.q_block;
+    if (begin == end) s.q_len = 0;
+    s.q_start += begin * p_.q_block;
+    s.offset += begin * p_.q_block;
+    s.first_q_block = min(max(s.first_q_block, p_.first_block), p_.end_block) - p_.first_block;
   }
 
   // Places [first, first + kPrepareThreads) of the order, behind `blocks` query blocks.
@@ -150,7 +165,7 @@ class SequencePreparer {
   int q_start_ = 0;
   int kv_start_ = 0;
   int q_blocks_ = 0;
-  int keys_ = 0;
+  long long keys_ = 0;
   int kv_blocks_ = 0;
   int key_units_ = 0;
 };

@@ -48,7 +48,7 @@ struct Problem {
   int kv_tokens;  // of a batch entry, or of all packed keys; behind them the copy engine has zeros
   int cached_keys;  // of a head, with their values, that fit the cache
   int kv_block;
-  int tiles_per_block;  // key tiles in a key block, if they are no smaller
+  int tiles_per_block;  // key tiles in a key block, if they are no smaller; a power of two
   int causal;           // 0 or 1
   int rankings;         // 1: lists name the visible blocks, each once
   int num_teams;        // of the launch

@@ -47,12 +47,7 @@ class Producer {
   }
 
  private:
-  // A key tile's parts and, if they are in pages, the page of this lane's box.
-  struct Tile {
-    TileParts<Traits> parts;
-    int page;
-  };
-
+  using Parts = TileParts<Traits>;
   // The whole warp goes on together: a lane left behind could find that the phase it waits for and
   // the one after it are both over, and would wait for ever.
   static PROXYATTN_DEVICE void wait(uint64_t* barrier, uint32_t phase, ptx::WaitSite site) {
@@ -62,99 +57,97 @@ class Producer {
 
   PROXYATTN_DEVICE void load_tiles(const KeyPlace& place, BlockWalk& walk, int blocks) {
     const int steps = steps_of<Traits>(p_, blocks);
-    Tile tile, previous;
-    int place_in_list = 0;
+    Parts parts;
+    int page = 0;  // of this lane's box, with pages
     int block = 0;
-    int left = 0;  // key tiles of the block
     PROXYATTN_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       if constexpr (Traits::kLargeBlocks) {
         // From the block's end, as the blocks themselves usually come.
-        if (left == 0) {
-          left = p_.tiles_per_block;
-          block = walk.block(place_in_list++, blocks);
-        }
-        tile.parts[0] = block * p_.tiles_per_block + --left;
+        const int in_block = step & (p_.tiles_per_block - 1);
+        if (in_block == 0) block = walk.block(step / p_.tiles_per_block, blocks);
+        parts[0] = (block + 1) * p_.tiles_per_block - 1 - in_block;
       } else {
         PROXYATTN_UNROLL
         for (int i = 0; i < Traits::kParts; ++i) {
-          tile.parts[i] = place_in_list < blocks ? walk.block(place_in_list, blocks) : kNoPart;
-          ++place_in_list;
+          const int place_in_list = step * Traits::kParts + i;
+          parts[i] = place_in_list < blocks ? walk.block(place_in_list, blocks) : kNoPart;
         }
       }
-      if (place.is_paged()) tile.page = place.page(first_key(tile.parts));
-      load_key(place, tile);
-      if (step > 0) load_value(place, previous);
-      previous = tile;
+      const int page_before = page;
+      if (place.is_paged()) page = place.page(first_key(parts));
+      load_key(place, parts, page);
+      if (step > 0) load_value(place, key_parts_before(2), page_before);
     }
-    if (steps > 0) load_value(place, previous);
+    if (steps > 0) load_value(place, key_parts_before(1), page);
   }
 
-  PROXYATTN_DEVICE void load_key(const KeyPlace& place, const Tile& tile) {
+  // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet.
+  PROXYATTN_DEVICE const Parts& key_parts_before(int tiles) const {
+    const int slot = key_.slot - tiles;
+    return shared_.key_parts[slot < 0 ? slot + Traits::kKeyStages : slot];
+  }
+
+  PROXYATTN_DEVICE void load_key(const KeyPlace& place, const Parts& parts, int page) {
     uint64_t* full = &shared_.key_barriers.full[key_.slot];
     wait(&shared_.key_barriers.empty[key_.slot], key_.phase, ptx::WaitSite::kProducerKey);
     uint8_t* slot = shared_.key[key_.slot];
     if (leads_warp()) {
       // The arrival below orders these stores before the consumers' reads.
       PROXYATTN_UNROLL
-      for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = tile.parts[i];
-      expect(full, tile.parts);
+      for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = parts[i];
+      expect(full, parts);
     }
     if (place.is_paged()) {
       __syncwarp();  // bytes are announced before any arrive
       load_page_box(slot, Traits::kPartBoxBytes, Traits::kKeyBoxBytes, &p_.k_map, full, place,
-                    tile);
+                    parts, page);
     } else if (leads_warp()) {
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
-        if (tile.parts[i] == kNoPart) continue;
+        if (parts[i] == kNoPart) continue;
         // One box at a time where parts share boxes.
         PROXYATTN_UNROLL
         for (int box = 0; box < (Traits::kParts == 1 ? 1 : Traits::kBoxes); ++box) {
           load_part(slot + box * Traits::kKeyBoxBytes + i * Traits::kPartBoxBytes, &p_.k_map, full,
-                    place, tile.parts[i], box);
+                    place, parts[i], box);
         }
       }
     }
     key_.next();
   }
 
-  PROXYATTN_DEVICE void load_value(const KeyPlace& place, const Tile& tile) {
+  PROXYATTN_DEVICE void load_value(const KeyPlace& place, const Parts& parts, int page) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     wait(&shared_.value_barriers.empty[value_.slot], value_.phase, ptx::WaitSite::kProducerValue);
     uint8_t* slot = shared_.value[value_.slot];
-    if (leads_warp()) expect(full, tile.parts);
+    if (leads_warp()) expect(full, parts);
     int tail = -1;
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kParts; ++i) {
-      if (place.template has_tail<Traits::kPartRows>(tile.parts[i])) tail = i;
+      if (place.template has_tail<Traits::kPartRows>(parts[i])) tail = i;
     }
     if (place.is_paged() || tail >= 0) __syncwarp();  // bytes are announced before any arrive
-    if (tail >= 0) load_tail(slot + tail * Traits::kPartBytes, full, place, tail_part(tile, tail));
+    if (tail >= 0) load_tail(slot + tail * Traits::kPartBytes, full, place, parts[tail]);
     if (place.is_paged()) {
-      load_page_box(slot, Traits::kPartBytes, Traits::kPartBoxBytes, &p_.v_map, full, place, tile,
-                    tail);
+      load_page_box(slot, Traits::kPartBytes, Traits::kPartBoxBytes, &p_.v_map, full, place, parts,
+                    page, tail);
     } else if (leads_warp()) {
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
-        if (tile.parts[i] == kNoPart || i == tail) continue;
-        load_part(slot + i * Traits::kPartBytes, &p_.v_map, full, place, tile.parts[i], 0);
+        if (parts[i] == kNoPart || i == tail) continue;
+        load_part(slot + i * Traits::kPartBytes, &p_.v_map, full, place, parts[i], 0);
       }
     }
     value_.next();
   }
 
-  static PROXYATTN_DEVICE void expect(uint64_t* full, const TileParts<Traits>& parts) {
+  static PROXYATTN_DEVICE void expect(uint64_t* full, const Parts& parts) {
     int loads = 0;
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kParts; ++i) loads += parts[i] != kNoPart;
     ptx::mbarrier_arrive_expect(full, loads * Traits::kPartBytes);
   }
-
-  static PROXYATTN_DEVICE int tail_part(const Tile& tile, int i) {
-    return Traits::kParts == 1 || i == 0 ? tile.parts[0] : tile.parts[Traits::kParts - 1];
-  }
-
   PROXYATTN_DEVICE void load_part(uint8_t* shared,
                                   const CUtensorMap* map,
                                   uint64_t* full,
@@ -172,7 +165,7 @@ class Producer {
   PROXYATTN_DEVICE int lane_part() const {
     return (warp_lane() / Traits::kBoxes << p_.pages.load_rows_log2) / Traits::kPartRows;
   }
-  PROXYATTN_DEVICE int first_key(const TileParts<Traits>& parts) const {
+  PROXYATTN_DEVICE int first_key(const Parts& parts) const {
     const int part = Traits::kParts == 1 || lane_part() == 0 ? parts[0] : parts[Traits::kParts - 1];
     return part * Traits::kPartRows + lane_row();
   }
@@ -183,15 +176,16 @@ class Producer {
                                       const CUtensorMap* map,
                                       uint64_t* full,
                                       const KeyPlace& place,
-                                      const Tile& tile,
+                                      const Parts& parts,
+                                      int page,
                                       int left_out = -1) const {
     const int part = lane_part();
     if (part >= Traits::kParts || part == left_out) return;
-    if (Traits::kParts > 1 && part > 0 && tile.parts[Traits::kParts - 1] == kNoPart) return;
+    if (Traits::kParts > 1 && part > 0 && parts[Traits::kParts - 1] == kNoPart) return;
     const int box = warp_lane() % Traits::kBoxes;
     ptx::tma_load(slot + part * part_bytes + box * box_bytes + lane_row() * Traits::kBoxRowBytes,
-                  map, full, 0, place.token_in_page(first_key(tile.parts)), box,
-                  place.owner.kv_head, tile.page, ptx::kEvictNormal);
+                  map, full, 0, place.token_in_page(first_key(parts)), box, place.owner.kv_head,
+                  page, ptx::kEvictNormal);
   }
 
   // Values row by row: those of keys, and zeros for the rows behind them.

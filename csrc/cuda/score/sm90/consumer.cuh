@@ -48,10 +48,10 @@ class ScoreConsumer {
   // One product's logits.
   PROXYATTN_DEVICE void operator()(float (&s)[kLaneLogits], int tile) {
     if (tile >= p_.keys.num_whole) gather_lane_keys(s);
-    if ((tile + 1) * kLogitKeys > min(warp_limit_, p_.num_keys)) {
+    if ((tile + 1) * kLogitKeys > min(warp_limit_, num_keys_)) {
       const int limit = warp_limit_ + warp_lane() / kQuadLanes;
       mask_row_logits(s, tile * kLogitKeys + first_lane_key(),
-                      {min(limit, p_.num_keys), min(limit + 8, p_.num_keys)});
+                      {min(limit, num_keys_), min(limit + 8, num_keys_)});
     }
     const int place = first_place_ + tile * kTileFloats;
     typename Blocks::Values values;
@@ -79,8 +79,8 @@ class ScoreConsumer {
   PROXYATTN_DEVICE void begin(const ScoreItem& item) {
     first_place_ = ((item.slot - item.chunk) << p_.chunk_shift) * kTileFloats +
                    warp_row_ / kRowGroup * kGroupFloats<kBlockKeys> + warp_lane() * Blocks::kCount;
-    const int first_row = p_.first_row + item.row_tile * p_.tile_rows + warp_row_;
-    warp_limit_ = p_.causal ? p_.first_limit + first_row : p_.num_keys;
+    num_keys_ = item.num_keys;
+    warp_limit_ = p_.causal ? item.limit + warp_row_ : item.num_keys;
   }
 
   PROXYATTN_DEVICE void store_sums(int stretch) const {
@@ -97,8 +97,9 @@ class ScoreConsumer {
   ScoreStorage<Traits>& shared_;
   LogitStream<Traits> stream_;
   RowSums sums_;
-  int warp_row_;     // first row of the warp in the row tile
-  int warp_limit_;   // first key that this row must not see
+  int warp_row_;    // first row of the warp in the row tile
+  int warp_limit_;  // first key that this row must not see
+  int num_keys_;
   int first_place_;  // in scratch, of this thread's first row, if its slot began with key tile 0
 };
 

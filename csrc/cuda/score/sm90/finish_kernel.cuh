@@ -62,21 +62,26 @@ class ScoreFinisher {
   static_assert(kFinishCells % kStepCells == 0);
 
  public:
-  // `idx` counts row tiles of the pass from the last down, then lists; `block` query blocks of the
-  // row tile.
-  PROXYATTN_DEVICE ScoreFinisher(const ScoreProblem& p, float* lse, int idx, int block)
+  // `tile` counts row tiles of all lists, `block` query blocks of the row tile.
+  PROXYATTN_DEVICE ScoreFinisher(const ScoreProblem& p, float* lse, int tile, int block)
       : p_(p), lse_(lse), lane_(warp_lane()) {
-    const int pass_list = idx / p.num_row_tiles;
-    const int list = p.first_list + pass_list;
-    const int row_tile = p.first_row_tile + p.num_row_tiles - 1 - idx % p.num_row_tiles;
-    first_slot_ = pass_list * p.num_list_slots + slots_behind(row_tile);
-    end_tile_ = p.visible_tiles(row_tile);
-    tile_row_ = row_tile * p.tile_rows;
+    const int sequence = find_sequence(tile);
+    const ScoreSlots slots = p.slots_of(sequence);
+    const ScoreSpan span = p.span_of(sequence);
+    const int head = (tile - slots.first_tile) / slots.list_tiles;
+    const int row_tile = slots.list_tiles - 1 - (tile - slots.first_tile) % slots.list_tiles;
+    first_slot_ = slots.first_slot + head * slots.list_slots - p.pass_begin +
+                  slots_behind(span, row_tile, slots.list_tiles);
+    end_tile_ = p.visible_tiles(span, row_tile);
     block_row_ = block * p.block_rows;
-    const int q_block = tile_row_ / p.block_rows + block;
-    const bool is_scored = q_block >= p.first_scored_block(list);
-    rows_ = is_scored ? min(p.block_rows, p.num_rows - tile_row_ - block_row_) : 0;
-    out_ = (static_cast<int64_t>(list) * p.num_q_blocks + q_block) * p.num_kv_blocks;
+    const int first_row = row_tile * p.tile_rows + block_row_;
+    const int q_block = first_row / p.block_rows;
+    num_keys_ = span.num_keys;
+    limit_ = p.causal ? span.first_limit + first_row : span.num_keys;
+    const bool is_scored = q_block >= p.first_scored_block(sequence * p.proxy_heads + head);
+    rows_ = is_scored ? min(p.block_rows, span.num_rows - first_row) : 0;
+    const int64_t list = static_cast<int64_t>(span.batch) * p.proxy_heads + head;
+    out_ = (list * p.num_q_blocks + span.first_block + q_block) * p.num_kv_blocks;
   }
 
   PROXYATTN_DEVICE void run(int first_cell) {
@@ -94,13 +99,25 @@ class ScoreFinisher {
   }
 
  private:
-  // Slots of the pass that come before a row tile's in its list. All warps find them for
-  // themselves.
-  PROXYATTN_DEVICE int slots_behind(int row_tile) const {
+  // Whose lists the row tile is of. All warps find it for themselves, like what follows.
+  PROXYATTN_DEVICE int find_sequence(int tile) const {
+    if (!p_.is_packed()) return tile / (p_.proxy_heads * p_.entry_slots.list_tiles);
+    int begin = 0;
+    for (int end = p_.num_sequences; end - begin > 1;) {
+      const int middle = (begin + end) / 2;
+      (p_.slots[middle].first_tile <= tile ? begin : end) = middle;
+    }
+    return begin;
+  }
+
+  // Keys that a row of the query block sees.
+  PROXYATTN_DEVICE int visible_keys(int row) const { return max(0, min(num_keys_, limit_ + row)); }
+
+  // Slots that come before a row tile's in its list.
+  PROXYATTN_DEVICE int slots_behind(const ScoreSpan& span, int row_tile, int row_tiles) const {
     int slots = 0;
-    const int end = p_.first_row_tile + p_.num_row_tiles;
-    for (int tile = row_tile + 1 + lane_; tile < end; tile += kWarpLanes) {
-      slots += p_.num_chunks(tile);
+    for (int tile = row_tile + 1 + lane_; tile < row_tiles; tile += kWarpLanes) {
+      slots += p_.num_chunks(span, tile);
     }
     return group_sum<kWarpLanes>(slots);
   }
@@ -146,7 +163,7 @@ class ScoreFinisher {
       // Whole: every row sees every key of these tiles, and row groups have no other rows.
       const int tiles_end = first_tile + kTiles;
       const bool whole = rows_ % kRowGroup == 0 && tiles_end <= end_tile_ &&
-                         tiles_end * kLogitKeys <= p_.visible_keys(tile_row_ + block_row_);
+                         tiles_end * kLogitKeys <= visible_keys(0);
       if (whole) {
         gather<true>(first_tile, scratch, cell, values);
       } else {
@@ -203,7 +220,7 @@ class ScoreFinisher {
       const int my_row = row + 8 * Blocks::row(lane_, half);
       const bool exists = kWhole || (0 <= my_row && my_row < rows_);
       const float lse = exists ? lse_[my_row] : 0.0f;
-      const int limit = exists ? p_.visible_keys(tile_row_ + block_row_ + my_row) : 0;
+      const int limit = exists ? visible_keys(my_row) : 0;
       PROXYATTN_UNROLL
       for (int i = 0; i < kLaneCells; ++i) {
         const int t = i / kTileCells;
@@ -235,21 +252,28 @@ class ScoreFinisher {
   int lane_;
   int first_slot_;  // of the row tile
   int end_tile_;    // key tiles that were computed
-  int tile_row_;    // first row of the row tile
+  int num_keys_;    // of the sequence
+  int limit_;       // keys that the query block's first row sees, if there are so many
   int block_row_;   // first row of the query block, in the row tile
   int rows_;        // of the query block; none: it is not there, or its scores are not wanted
   int64_t out_;
 };
 
-// Grid: row tiles and lists on x, then parts of a row of cells; query blocks of a row tile on y.
+// Grid: row tiles of the pass on x, times parts of a row of cells; query blocks of a row tile on y.
+// How many row tiles of packed sequences a pass has the device knows: thread blocks walk them.
 template <int kBlockKeys>
 __global__ void __launch_bounds__(kFinishThreads, kFinishBlocksPerSm)
     finish_scores_kernel(const __grid_constant__ ScoreProblem problem, int num_parts) {
   __shared__ float lse[kMaxBlockRows];
-  const int idx = static_cast<int>(blockIdx.x) / num_parts;
-  const int part = static_cast<int>(blockIdx.x) - idx * num_parts;
-  ScoreFinisher<kBlockKeys>(problem, lse, idx, static_cast<int>(blockIdx.y))
-      .run(part * kFinishCells);
+  const int begin = problem.is_packed() ? problem.pass_tiles[0] : problem.tiles_begin;
+  const int end = problem.is_packed() ? problem.pass_tiles[1] : problem.tiles_end;
+  const int part = static_cast<int>(blockIdx.x) % num_parts;
+  const int step = static_cast<int>(gridDim.x) / num_parts;
+  for (int tile = begin + static_cast<int>(blockIdx.x) / num_parts; tile < end; tile += step) {
+    ScoreFinisher<kBlockKeys>(problem, lse, tile, static_cast<int>(blockIdx.y))
+        .run(part * kFinishCells);
+    __syncthreads();  // lse has been read
+  }
 }
 
 }  // namespace proxyattn::cuda::sm90

@@ -18,17 +18,26 @@
 
 namespace proxyattn::cuda::sm90 {
 
+// What of the workspace the device fills before the first pass.
+struct ScoreSlotsScratch {
+  ScoreSlots* slots;
+  int32_t* pass_tiles;
+};
+
 // Everything but what differs from pass to pass.
 template <int kHeadDim>
-ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
+ScoreProblem make_score_problem(const ScoreParams& s,
+                                const ScorePlan& plan,
+                                ScoreSlotsScratch& found) {
   ScoreProblem p{};
   constexpr int kBoxes = kHeadDim / kTensorBoxColumns;
+  const int64_t batch = plan.is_packed() ? 1 : s.batch;
   p.q_map = make_tensor_map(kScoreOp, s.q_proxy, s.dtype,
-                            {ceil_div(s.q_len, s.stride), s.head_dim, s.proxy_heads, s.batch},
+                            {plan.num_queries(), s.head_dim, s.proxy_heads, batch},
                             s.q_proxy_strides, {kGroupRows, kBoxes});
   p.keys =
       make_key_maps(kScoreOp, s.k_proxy, s.dtype,
-                    {plan.num_keys(), s.head_dim, s.key_proxy_heads, s.batch}, s.k_proxy_strides);
+                    {plan.num_keys(), s.head_dim, s.key_proxy_heads, batch}, s.k_proxy_strides);
   p.peak = s.peak;
   p.mass = s.mass;
   auto* scratch = static_cast<std::byte*>(s.workspace);
@@ -40,15 +49,23 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
   p.block_max = reinterpret_cast<float*>(take(plan.block_bytes()));
   if (s.mass != nullptr) p.block_lse = reinterpret_cast<float*>(take(plan.block_bytes()));
   p.stretch_lse = reinterpret_cast<float*>(take(plan.lse_bytes()));
+  found.slots = reinterpret_cast<ScoreSlots*>(take(plan.slots_bytes()));
+  found.pass_tiles = reinterpret_cast<int32_t*>(take(plan.pass_tiles_bytes()));
   p.next_item = reinterpret_cast<int32_t*>(take(plan.counter_bytes()));
+  if (plan.is_packed()) {
+    const SequenceTable table(s.packed.table, sequence_params(s, s.stride));
+    p.sequences = table.sequences;
+    p.slots = found.slots;
+    p.pass_tiles = found.pass_tiles;
+  }
+  p.span = plan.span();
+  p.entry_slots = plan.slots();
+  p.num_sequences = static_cast<int>(s.batch);
   p.proxy_heads = static_cast<int>(s.proxy_heads);
   p.key_sharers = static_cast<int>(s.proxy_heads / s.key_proxy_heads);
   p.chunk_shift = static_cast<int>(plan.chunk_shift());
-  p.first_row = static_cast<int>(plan.first_row());
-  p.num_rows = static_cast<int>(plan.num_rows());
   p.tile_rows = logit_tile_rows(kHeadDim);
-  p.num_keys = static_cast<int>(plan.num_keys());
-  p.first_limit = static_cast<int>(plan.first_limit());
+  while (s.stride >> p.stride_shift > 1) ++p.stride_shift;
   p.budgets = s.budgets;
   p.heads_per_list = s.budgets == nullptr ? 0 : static_cast<int>(s.q_heads / s.proxy_heads);
   p.offset_units = static_cast<int>(ceil_div(max_of<int64_t>(s.q_offset, 0), kBlockUnit));
@@ -64,23 +81,24 @@ ScoreProblem make_score_problem(const ScoreParams& s, const ScorePlan& plan) {
 }
 
 inline void set_pass(ScoreProblem& p, const ScorePass& pass) {
-  p.first_list = static_cast<int>(pass.first_list);
-  p.num_lists = static_cast<int>(pass.num_lists);
-  p.first_row_tile = static_cast<int>(pass.begin);
-  p.num_row_tiles = static_cast<int>(pass.end - pass.begin);
-  p.num_list_slots = static_cast<int>(pass.list_slots);
+  p.pass_begin = static_cast<int>(pass.slots_begin);
+  p.pass_end = static_cast<int>(pass.slots_end);
+  p.tiles_begin = static_cast<int>(pass.tiles_begin);
+  p.tiles_end = static_cast<int>(pass.tiles_end);
 }
 
 template <typename Traits, int kBlockKeys, bool kWithMass>
-void launch_score_pass(const ScoreProblem& problem, Stream stream) {
+void launch_score_pass(const ScoreProblem& problem, const ScorePlan& plan, Stream stream) {
   LaunchShape shape{};
   shape.grid_x = min_of<int64_t>(device_attribute(kScoreOp, cudaDevAttrMultiProcessorCount),
-                                 int64_t{problem.num_lists} * problem.num_list_slots);
+                                 max_of<int64_t>(1, plan.max_slots()));
   shape.grid_y = shape.grid_z = 1;
   shape.threads = Traits::kThreads;
   shape.shared_bytes = sizeof(ScoreStorage<Traits>);
   launch<score_kernel<Traits, kBlockKeys, kWithMass>>(kScoreOp, shape, stream, problem);
-  finish_scores(problem, kBlockKeys, stream);
+  const int64_t tiles =
+      plan.is_packed() ? plan.max_tiles() : problem.tiles_end - problem.tiles_begin;
+  finish_scores(problem, kBlockKeys, tiles, stream);
 }
 
 template <typename Traits, int kBlockKeys>
@@ -91,11 +109,12 @@ void launch_score_passes(ScoreProblem problem, const ScorePlan& plan, Stream str
   plan.for_each_pass([&](const ScorePass& pass) {
     set_pass(problem, pass);
     if (problem.mass == nullptr) {
-      launch_score_pass<Traits, kBlockKeys, false>(problem, stream);
+      launch_score_pass<Traits, kBlockKeys, false>(problem, plan, stream);
     } else {
-      launch_score_pass<Traits, kBlockKeys, true>(problem, stream);
+      launch_score_pass<Traits, kBlockKeys, true>(problem, plan, stream);
     }
     ++problem.next_item;
+    if (plan.is_packed()) ++problem.pass_tiles;
   });
 }
 
@@ -103,8 +122,13 @@ template <int kHeadDim, DType kDType>
 void launch_score(const ScoreParams& params, Stream stream) {
   using Traits = LogitTraits<kHeadDim, kDType>;
   const ScorePlan plan(params);
-  if (plan.counter_bytes() == 0) return;  // no pass
-  const ScoreProblem problem = make_score_problem<kHeadDim>(params, plan);
+  if (plan.max_tiles() == 0) return;
+  ScoreSlotsScratch found;
+  const ScoreProblem problem = make_score_problem<kHeadDim>(params, plan, found);
+  if (plan.is_packed()) {
+    find_slots(problem, found.slots, found.pass_tiles, plan.num_passes(), plan.pass_slots(),
+               stream);
+  }
   const int64_t block_keys = params.kv_block / params.stride;
   if (block_keys == 16) {
     launch_score_passes<Traits, 16>(problem, plan, stream);

@@ -20,7 +20,8 @@ PROXYATTN_DEVICE void load_score_keys(const ScoreProblem& p, ScoreStorage<Traits
     // Consumers give the slot back when they have read these keys: nobody writes here before.
     const ScoreItem& item = shared.items[ring.slot];
     if (item.slot == kNoMoreItems) return;
-    keys.load(item.batch, item.head / p.key_sharers, item.chunk << p.chunk_shift, item.num_tiles);
+    keys.load(item.batch, item.head / p.key_sharers,
+              item.first_key_tile + (item.chunk << p.chunk_shift), item.num_tiles);
     ring.next();
   }
 }

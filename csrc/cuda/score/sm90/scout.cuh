@@ -18,28 +18,33 @@ template <typename Traits>
 class ScoreScout {
  public:
   PROXYATTN_DEVICE ScoreScout(const ScoreProblem& problem, ScoreStorage<Traits>& shared)
-      : p_(problem), shared_(shared), queries_(shared.logits, problem.q_map), walk_(problem) {}
+      : p_(problem),
+        shared_(shared),
+        queries_(shared.logits, problem.q_map),
+        walk_(problem, shared.station) {}
 
   PROXYATTN_DEVICE void run() {
     int idx = blockIdx.x;
     while (walk_.advance_to(p_, idx)) {
-      const ScoreItem item = walk_.item(p_, idx);
-      if (is_scored(item) && leads_warp()) {
-        announce(item);
-        load_query(item);
+      if (is_scored(idx)) {
+        walk_.describe(p_, idx, item());
+        if (leads_warp()) {
+          announce();
+          load_query(item());
+        }
       }
       idx = next_item();
     }
     if (leads_warp()) {
-      announce({kNoMoreItems});
+      item().slot = kNoMoreItems;
+      announce();
       queries_.skip();
     }
   }
 
  private:
-  PROXYATTN_DEVICE bool is_scored(const ScoreItem& item) const {
-    const int list = item.batch * p_.proxy_heads + item.head;
-    return (item.row_tile + 1) * p_.tile_rows > p_.first_scored_block(list) * p_.block_rows;
+  PROXYATTN_DEVICE bool is_scored(int idx) const {
+    return walk_.end_block(p_, idx) > p_.first_scored_block(walk_.list(p_));
   }
 
   // Taken when there is a slot for it: who takes items early ends late.
@@ -52,16 +57,16 @@ class ScoreScout {
     return __shfl_sync(kAllLanes, item, 0);
   }
 
+  PROXYATTN_DEVICE ScoreItem& item() const { return shared_.items[queries_.slot()]; }
+
   // The producer waits for this, consumers for the queries.
-  PROXYATTN_DEVICE void announce(const ScoreItem& item) {
-    shared_.items[queries_.slot()] = item;
+  PROXYATTN_DEVICE void announce() const {
     ptx::mbarrier_arrive(&shared_.announced[queries_.slot()]);
   }
 
   PROXYATTN_DEVICE void load_query(const ScoreItem& item) {
-    const int first_row = p_.first_row + item.row_tile * p_.tile_rows;
     queries_.load(item.batch,
-                  [&](int i) { return make_int2(item.head, first_row + i * kGroupRows); });
+                  [&](int i) { return make_int2(item.head, item.first_row + i * kGroupRows); });
   }
 
   const ScoreProblem& p_;

@@ -14,6 +14,7 @@ template <typename Traits>
 struct __align__(1024) ScoreStorage {
   LogitStorage<Traits> logits;
   ScoreItem items[Traits::kQueryStages];     // what the query slots hold
+  ScoreStation station;                      // where the scout is
   uint64_t announced[Traits::kQueryStages];  // barriers: the item is there
 
   PROXYATTN_DEVICE void init() {
