@@ -305,6 +305,20 @@ TEST(needs_keep_the_key_blocks_of_sequences_apart) {
   }
 }
 
+TEST(capacities_without_a_sum_of_all_keys) {
+  PackedTable packed({{1, 500}, {1, 900}}, 64, 64, 4);
+  NeedParams params = make_need_params(packed);
+  params.packed.max_total_kv = 0;  // nobody knows
+  params.packed.total_kv = 1400;
+  const SequenceTable table = packed_table(params);
+  CHECK_EQ(table.max_key_units, 1400 / (4 * 128) + 2);
+  CHECK_EQ(NeedLayout(params).num_kv_blocks, int64_t{1400 / 64 + 2});
+  static const int32_t some_page = 0;
+  params.packed.page_table = &some_page;
+  CHECK_EQ(packed_table(params).max_key_units, 2 * 900 / (4 * 128) + 2);
+  CHECK_EQ(NeedLayout(params).num_kv_blocks, int64_t{2 * 900 / 64 + 2});
+}
+
 TEST(needs_of_a_batch_have_rows_of_their_own) {
   NeedParams p{};
   p.batch = 2;

@@ -51,8 +51,9 @@ struct NeedLayout {
 
   explicit NeedLayout(const NeedParams& p)
       : heads(is_packed(p) ? p.q_heads : p.batch * p.q_heads),
-        num_kv_blocks(is_packed(p) ? p.packed.max_total_kv / p.kv_block + p.batch
-                                   : ceil_div(p.kv_len, p.kv_block)),
+        num_kv_blocks(is_packed(p)
+                          ? max_total_keys(p.packed, p.batch, p.kv_len) / p.kv_block + p.batch
+                          : ceil_div(p.kv_len, p.kv_block)),
         num_parts(is_packed(p) ? KeyRuns::capacity(num_kv_blocks, kBlocksPerPart, p.batch)
                                : ceil_div(num_kv_blocks, kBlocksPerPart)),
         rows(min_of(p.q_block, p.q_len)),

@@ -88,7 +88,9 @@ void pool_packed(const PoolParams& p, PoolArgs args, Stream stream) {
   windows.window_tokens = window_tokens(p);
   windows.block_windows = static_cast<int>(p.q_block / p.stride);
   set_windows(args.sides[0], p, 1, int64_t{windows.table.max_q_blocks} * windows.block_windows);
-  set_windows(args.sides[1], p, 1, windows.table.max_key_units * kWindowUnit);
+  // Keys are pooled once, not again with every range of queries: then kv_len is 0.
+  const int64_t key_units = p.kv_len == 0 ? 0 : windows.table.max_key_units;
+  set_windows(args.sides[1], p, 1, key_units * kWindowUnit);
   const int64_t most =
       int64_t{device_attribute(kOp, cudaDevAttrMultiProcessorCount)} * kPackedCtasPerMultiprocessor;
   args.num_q_ctas = min_of(most, num_ctas(args.sides[0]));

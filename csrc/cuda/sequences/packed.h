@@ -21,6 +21,7 @@ SequenceTable packed_table(const Params& p) {
   if (!is_packed(p)) return {};
   SequenceParams made_of{};
   made_of.count = p.batch;
+  made_of.max_kv_len = p.kv_len;
   made_of.q_block = p.q_block;
   made_of.stride = p.packed.table_stride;
   made_of.packed = p.packed;
