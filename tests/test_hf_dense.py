@@ -204,6 +204,7 @@ REASONS = {
     "nothing": ({}, None),
     "no bias": ({"position_bias": None}, None),
     "no weights": ({"output_attentions": False}, None),
+    "nothing new": ({"indices": None, "something_new": None}, None),
     "no window": ({"sliding_window": None}, None),
     "a window of all": ({"sliding_window": 200}, None),
     "a window": ({"sliding_window": 199}, "sliding_window"),
@@ -314,12 +315,12 @@ def test_models_outside_transformers_may_look_attention_up_in_their_way(monkeypa
     module = ModuleType("modeling_outside")
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    class OutsideForCausalLM(transformers.LlamaForCausalLM):
+    class OutsideForCausalLM(transformers.PreTrainedModel):
         __module__ = module.__name__  # whose source can't be read
-        _can_set_attn_implementation_cached_value = None  # not that of Llama's own module
+        config_class = transformers.LlamaConfig
+        _supports_sdpa = True
 
-    with torch.device("meta"):
-        model = OutsideForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
+    model = OutsideForCausalLM(transformers.LlamaConfig())
     with pytest.raises(ValueError, match="attention code of its own"):
         hf.check_model(model)
     module.ALL_ATTENTION_FUNCTIONS = transformers.AttentionInterface()

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from hf_tiny import THIN, hf, logits_of, prompt, sparse_layers, tiny_model
+from proxyattn.hf._recording import anything_recorded
 from tolerance import assert_same_bits
 
 
@@ -39,15 +40,18 @@ def test_nested_recordings_each_hold_their_block():
     logits_of(model, "proxyattn", ids)
     assert sparse_layers(outer) == [0, 1, 0, 1]
     assert sparse_layers(inner) == [0, 1]
-    assert outer != inner
+    with hf.record() as outer, hf.record() as inner:
+        logits_of(model, "proxyattn", ids)
+    assert outer.sparse == inner.sparse and outer != inner
 
 
 def test_a_recording_ends_with_an_error_in_its_block():
     model, ids = tiny_model("Llama", "cpu"), prompt("cpu")
     with pytest.raises(KeyError), hf.record() as recording:
+        assert anything_recorded()
         raise KeyError
     logits_of(model, "proxyattn", ids)
-    assert not recording.sparse
+    assert not recording.sparse and not anything_recorded()
 
 
 def test_threads_record_their_own_calls():
