@@ -72,7 +72,8 @@ def check(case, device, cuts):
 
     exact = device == "cpu" or runs_sm90(device)
     num_rows = -(-length // block_size)
-    for begin, end in zip(cuts, (*cuts[1:], num_rows), strict=True):
+    chunks = zip(cuts, (*cuts[1:], num_rows), strict=True)
+    for begin, end in [(0, num_rows), *chunks]:  # the whole of one prompt alone, too
         first, last = begin * block_size, min(end * block_size, length)
         q, k, v = tensors[0][1:, first:last], tensors[1][1:, :last], tensors[2][1:, :last]
         alone = {**settings, "shares": shares[1:]}

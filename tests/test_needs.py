@@ -161,9 +161,10 @@ def test_literal_shares_of_sinks(device, block_size, dtype):
 
 
 def test_literal_shares_of_a_ragged_call(device):
-    """All keys equal: 278 of them, four blocks and 22, and 100 queries, of which the last 64 stand
-    at 214 to 277, in blocks 3 and 4. Query i puts 1 / (i + 1) on each key that it sees."""
-    q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16, device=device) for n in (100, 278))
+    """All keys equal: 278 of them, four blocks and 22, and 150 queries, of which the last 64 stand
+    at 214 to 277, in blocks 3 and 4; those of the last query block, 22, would in block 4 alone.
+    Query i puts 1 / (i + 1) on each key that it sees."""
+    q, k = (torch.zeros(1, n, 1, 64, dtype=torch.bfloat16, device=device) for n in (150, 278))
     early = sum(1 / (i + 1) for i in range(214, 278))  # a whole block that all see: .2610
     last = sum((i - 255) / (i + 1) for i in range(256, 278)) / 64
     for (sinks, local), share in {

@@ -188,7 +188,8 @@ def check(case, device):
         ("q_proxy", "k_proxy"), actual, expected, tensors, inputs, strict=True
     ):
         assert got.dtype == case.dtype and got.is_contiguous()
-        assert_close(got, want, plain.pool(tensor, want.shape[2], *settings), name)
+        if case.dtype in HALF_DTYPES:  # in fp32 the bound below says it all
+            assert_close(got, want, plain.pool(tensor, want.shape[2], *settings), name)
         num_terms = x.shape[2] // want.shape[2] * case.stride
         assert_rounded_once(got, want, num_terms * FP32_UNIT * np.abs(x).max(), name)
 

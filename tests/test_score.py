@@ -98,8 +98,8 @@ def test_literal_invisible_blocks(device):
 
 def test_literal_proxies_that_share_a_key_proxy(device):
     """Proxy c of four reads key proxy c // 2: on the first, P is 1/4 and 3/4, on the second 3/4 and
-    1/4, and half and half for a query of zero."""
-    q = torch.cat([one_hot_rows([x], torch.float16, device) for x in (1, 0, 0, 1)], dim=2)
+    1/4, and half and half for a query of zero, the third."""
+    q = torch.cat([one_hot_rows([x], torch.float16, device) for x in (1, 1, 0, 1)], dim=2)
     k = torch.cat([one_hot_rows(x, torch.float16, device) for x in ([0, 1], [1, 0])], dim=2)
     k = torch.cat([k[:, :1], k.new_zeros(1, 7, 2, 64), k[:, 1:]], dim=1)
     q[..., 1] = 1.0
@@ -107,12 +107,12 @@ def test_literal_proxies_that_share_a_key_proxy(device):
     peak, mass = proxyattn.score_blocks(
         q, k, 1, 65, 8, 64, causal=False, scale=log(3), with_mass=True
     )
-    want = [[[0.25, 0.75]], [[0.5, 0.5]], [[0.5, 0.5]], [[0.75, 0.25]]]
+    want = [[[0.25, 0.75]], [[0.25, 0.75]], [[0.5, 0.5]], [[0.75, 0.25]]]
     assert_within(peak, np.log([want]), 1e-5)
     assert_within(mass, np.array([want]), 1e-5)
     # One key proxy for all four.
     peak, _ = proxyattn.score_blocks(q, k[:, :, 1:], 1, 65, 8, 64, causal=False, scale=log(3))
-    want = [[[0.75, 0.25]], [[0.5, 0.5]], [[0.5, 0.5]], [[0.75, 0.25]]]
+    want = [[[0.75, 0.25]], [[0.75, 0.25]], [[0.5, 0.5]], [[0.75, 0.25]]]
     assert_within(peak, np.log([want]), 1e-5)
 
 
