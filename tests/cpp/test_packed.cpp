@@ -124,8 +124,9 @@ TEST(keys_in_pages) {
 }
 
 SelectArgs make_select_args(const PackedTable& packed, int64_t num_lists, int64_t list_heads) {
-  static float scores[1];
-  static int32_t lists[1];
+  // Rows only point into them: room for every place that a case names.
+  static float scores[1 << 22];
+  static int32_t lists[1 << 22];
   const SequenceParams& p = packed.params;
   SelectArgs args{};
   args.grid = {p.max_q_len, p.max_kv_len, p.q_block, p.kv_block, 0, true};
