@@ -451,15 +451,15 @@ PROXYATTN_DEVICE int64_t find_unit(const SelectArgs& args,
   }
 }
 
-// What the registers of a multiprocessor are shared out to: a compiler that may keep addresses from
-// row to row would take too many.
-constexpr int packed_ctas(int threads) {
-  return threads == 128 ? 8 : threads == 256 ? 3 : 1;
+// Thread blocks of a multiprocessor, which its registers are shared out to: a compiler that may
+// keep addresses from row to row would take too many, and one that gets too few would spill.
+constexpr int packed_ctas(int threads, int items) {
+  return (items <= 4 ? 1024 : 512) / threads;
 }
 
 // Works on one row after another: a kernel of its own, since a loop costs registers.
 template <int kThreads, int kItems, int kParts>
-__global__ void __launch_bounds__(kThreads, packed_ctas(kThreads))
+__global__ void __launch_bounds__(kThreads, packed_ctas(kThreads, kItems))
     select_packed_kernel(const __grid_constant__ SelectArgs args,
                          const __grid_constant__ RowClass rows) {
   using Selector = RowSelector<kThreads, kItems, kParts>;
