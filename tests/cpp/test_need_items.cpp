@@ -59,8 +59,7 @@ std::vector<NeedItem> all_items(const NeedItems& items) {
   }
   const KeyRuns chunks = items.packed_chunks(items.packed_chunk_tiles());
   for (int i = 0; i < items.num_packed_items(chunks); ++i) {
-    const NeedItem item =
-        items.packed_item(chunks, chunks.owner(items.chunk_of_packed_item(i)), i);
+    const NeedItem item = items.packed_item(chunks, chunks.owner(items.chunk_of_packed_item(i)), i);
     if (item.num_tiles > 0) all.push_back(item);
   }
   return all;
@@ -259,11 +258,9 @@ TEST(loads_of_a_tile_in_pages_cover_it_once) {
     const PageLoads loads = PageLoads::of(table.page_shift);
     CHECK_EQ(loads.piece_keys(), std::min(1 << shift, kLogitKeys));
     for (const int boxes : {1, 2, 4}) {
-      CHECK(loads.number(boxes) <= 32);  // one a lane
       std::vector<int> times(static_cast<std::size_t>(kLogitKeys * boxes));
       for (int load = 0; load < 32; ++load) {
         const int row = loads.first_key(load, boxes);
-        CHECK_EQ(row < kLogitKeys, load < loads.number(boxes));
         if (row >= kLogitKeys) continue;
         for (int tile = 0; tile < 3; ++tile) {
           const int token = table.token_in_page(tile * kLogitKeys + row);

@@ -45,9 +45,9 @@ struct RunBox {
 };
 
 // Dimensions, innermost first: columns, runs, tokens of a run, heads, batch; boxes are 64 columns
-// wide. A last run that is not whole is left out. Where tiles begin inside of runs, the dimension of
-// a run's tokens goes on into the next one: such a map leads past the last token, and whoever loads
-// through it keeps to tiles that the tensor holds.
+// wide. A last run that is not whole is left out. Where tiles begin inside of runs, the dimension
+// of a run's tokens goes on into the next one: such a map leads past the last token, and whoever
+// loads through it keeps to tiles that the tensor holds.
 CUtensorMap make_run_map(const char* op,
                          const void* data,
                          DType dtype,

@@ -32,8 +32,8 @@ struct PageLoads {
   }
 
   PROXYATTN_HOST_DEVICE int piece_keys() const { return 1 << piece_shift; }
-  // `boxes` of 64 columns hold a key.
-  PROXYATTN_HOST_DEVICE int number(int boxes) const { return (kLogitKeys >> piece_shift) * boxes; }
+  // In the tile; the tile's end or behind it: there is no such load. `boxes` of 64 columns hold a
+  // key.
   PROXYATTN_HOST_DEVICE int first_key(int load, int boxes) const {
     return load / boxes << piece_shift;
   }

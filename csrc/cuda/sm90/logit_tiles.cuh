@@ -147,9 +147,8 @@ class KeyLoader {
 
   // 64 columns of the keys from `row` of the tile on, as many as a load takes of a page.
   PROXYATTN_DEVICE void load_piece(int row, int box, int page, int head, int token) {
-    ptx::tma_load(
-        shared_.key[ring_.slot] + box * Traits::kKeyBoxBytes + row * Traits::kBoxRowBytes,
-        &maps_.in_order, full(), 0, token, box, head, page, ptx::kEvictNormal);
+    ptx::tma_load(shared_.key[ring_.slot] + box * Traits::kKeyBoxBytes + row * Traits::kBoxRowBytes,
+                  &maps_.in_order, full(), 0, token, box, head, page, ptx::kEvictNormal);
   }
 
  private:

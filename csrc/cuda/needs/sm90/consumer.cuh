@@ -45,10 +45,7 @@ class NeedConsumer {
   PROXYATTN_DEVICE void operator()(float (&s)[kLaneLogits], int tile) {
     if (tile >= first_rare_tile_) {
       if (tile >= read_beside(item().num_whole)) gather_lane_keys(s);
-      const int num_keys = read_beside(item().num_keys);
-      const int limit = p_.causal ? warp_limit_ + warp_lane() / kQuadLanes : num_keys;
-      mask_row_logits(s, tile * kLogitKeys + first_lane_key(),
-                      {min(limit, num_keys), min(limit + 8, num_keys)});
+      if ((tile + 1) * kLogitKeys > warp_limit_) mask(s, tile);
     }
     typename Blocks::Values values;
     typename Blocks::Merged merged;
@@ -61,6 +58,13 @@ class NeedConsumer {
   }
 
  private:
+  PROXYATTN_DEVICE void mask(float (&s)[kLaneLogits], int tile) const {
+    const int num_keys = read_beside(item().num_keys);
+    const int limit = p_.causal ? warp_limit_ + warp_lane() / kQuadLanes : num_keys;
+    mask_row_logits(s, tile * kLogitKeys + first_lane_key(),
+                    {min(limit, num_keys), min(limit + 8, num_keys)});
+  }
+
   // That is worked on: it stays in shared memory, for what is seldom asked.
   PROXYATTN_DEVICE const NeedItem& item() const { return shared_.items[stream_.query_slot()]; }
 
@@ -95,7 +99,7 @@ class NeedConsumer {
   float* out_;           // of the lane's row and of its block in tile 0
   int end_tile_;         // the lane's block is one of the sequence's in tiles before this
   int first_rare_tile_;  // tiles before this came whole, and every row sees all of their keys
-  int warp_limit_;  // first key that the warp's first row must not see
+  int warp_limit_;       // first key that the warp's first row must not see
   int group_;
   int warp_;
 };

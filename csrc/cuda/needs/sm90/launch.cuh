@@ -24,15 +24,15 @@ template <typename Traits>
 NeedProblem make_need_problem(const NeedParams& b, int multiprocessors) {
   const char* op = needs_op(b);
   NeedProblem p{};
-  p.q_map = make_tensor_map(op, b.q, b.dtype, query_sizes(b), b.q_strides,
-                            {kGroupRows, Traits::kBoxes});
+  p.q_map =
+      make_tensor_map(op, b.q, b.dtype, query_sizes(b), b.q_strides, {kGroupRows, Traits::kBoxes});
   p.pages = PageTable(b.packed);
   p.page_loads = PageLoads::of(p.pages.page_shift);
   if (b.packed.page_table != nullptr) {
     p.keys = make_page_maps(op, b.k, b.dtype, key_sizes(b), b.k_strides, p.page_loads);
   } else {
-    p.keys = make_key_maps(op, b.k, b.dtype, key_sizes(b), b.k_strides,
-                           is_packed(b) ? kRunKeys : 1);
+    p.keys =
+        make_key_maps(op, b.k, b.dtype, key_sizes(b), b.k_strides, is_packed(b) ? kRunKeys : 1);
   }
   const NeedLayout layout(b);
   p.block_lse = layout.block_lse;

@@ -1,4 +1,6 @@
 // Which calls the sm90 family takes.
+#include "cuda/needs/layout.h"
+
 #include <cstdint>
 
 #include "proxyattn/needs.h"
@@ -6,7 +8,6 @@
 #include "common/sequence.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/needs/dispatch.h"
-#include "cuda/needs/layout.h"
 #include "cuda/sequences/packed.h"
 #include "cuda/sequences/tensor_sizes.h"
 #include "cuda/sm90/key_maps.h"

@@ -35,8 +35,8 @@ class NeedWalk {
     const int chunk = items_.chunk_of_packed_item(idx);
     while (true) {
       const int next = sequence_ + warp_lane() + 1;
-      const bool passed = next < items_.packed.count &&
-                          chunks().first_run(items_.packed.sequences[next]) <= chunk;
+      const bool passed =
+          next < items_.packed.count && chunks().first_run(items_.packed.sequences[next]) <= chunk;
       const int skipped = __popc(__ballot_sync(kAllLanes, passed));
       sequence_ += skipped;
       if (skipped < kWarpLanes) return;
