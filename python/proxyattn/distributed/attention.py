@@ -20,7 +20,7 @@ from proxyattn.varlen import proxy_attention_varlen
 _OP = "context_parallel_attention"
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # collectives must not be cut apart differently on different ranks
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -261,10 +261,12 @@ def _check(
         raise ValueError(
             f"{_OP}: k must have a key for every query, got {k.shape[1]} for {tokens} queries"
         )
-    if q.numel() > 0 and q.stride(-1) != 1:
-        raise ValueError(
-            f"{_OP}: q must be contiguous in its last dimension, got strides {list(q.stride())}"
-        )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.numel() > 0 and x.stride(-1) != 1:
+            raise ValueError(
+                f"{_OP}: {name} must be contiguous in its last dimension, got strides "
+                f"{list(x.stride())}"
+            )
     types = device_types(group)
     if q.device.type not in types:
         raise TypeError(
