@@ -56,7 +56,10 @@ def cases(count, seed):
     for i, values in enumerate(balanced(axes, count, seed)):
         pieces = values["world"] * (2 if values["layout"] == "zigzag" else 1)
         chunk = values["blocks"] * values["block_size"]
-        before = {"one": (2 * chunk * pieces - 48,), "two": (chunk * pieces, values["block_size"] * pieces)}
+        before = {
+            "one": (2 * chunk * pieces - 48,),
+            "two": (chunk * pieces, values["block_size"] * pieces),
+        }
         names = ("causal", "block_size", "stride", "pooling", "gamma")
         names = (*names, "num_sink_blocks", "num_local_blocks")
         case = Sharded(

@@ -48,7 +48,7 @@ def context_parallel_attention(
     before is attended to, and are read where they arrive. Beside what the packed call takes
     (README, "Memory", for as many sequences as the rank has chunks), a rank holds
 
-        2 * min(groups, 2) * W * B * n * h * D * element size
+        2 * W * B * n * min(2 * h, Hkv) * D * element size
 
     bytes, where n is the most keys that a rank brings, rounded up to a page, and h the kv heads of
     a group.

@@ -24,8 +24,7 @@ def group_heads(
     """
 
     def bytes_of(heads):
-        groups = min(_GROUPS_AT_A_TIME, -(-kv_heads // heads))
-        return groups * heads * head_bytes
+        return min(_GROUPS_AT_A_TIME * heads, kv_heads) * head_bytes
 
     heads = unit
     if max_gather_bytes is not None and bytes_of(heads) > max_gather_bytes:
@@ -61,8 +60,11 @@ class Gather:
         ]
         batch, head_dim = k.shape[0], k.shape[3]
         self._shape = (dist.get_world_size(process_group), 2, batch, capacity)
-        size = self._shape[0] * 2 * batch * capacity * heads * head_dim
-        self._room = [k.new_empty(size) for _ in self.groups[:_GROUPS_AT_A_TIME]]
+        head_size = dist.get_world_size(process_group) * 2 * batch * capacity * head_dim
+        self._room = [
+            k.new_empty(head_size * (group.stop - group.start))
+            for group in self.groups[:_GROUPS_AT_A_TIME]
+        ]
         self._works: dict[int, dist.Work] = {}
 
     def _buffer(self, i: int) -> Tensor:
