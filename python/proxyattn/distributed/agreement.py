@@ -53,7 +53,7 @@ def agree(op: str, description: Description, group: dist.ProcessGroup) -> list[d
             ranks.setdefault(json.dumps(one["shared"][name]), []).append(rank)
         if len(ranks) > 1:
             values = " and ".join(
-                f"{value.replace(chr(34), '')} on {_ranks(where)}" for value, where in ranks.items()
+                f"{json.loads(value)} on {_ranks(where)}" for value, where in ranks.items()
             )
             raise ValueError(f"{op}: {name} must be the same on every rank, got {values}")
     return [one["own"] for one in everyone]
