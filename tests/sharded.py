@@ -7,9 +7,8 @@ import torch
 import torch.distributed as dist
 from inputs import name_of
 from proxyattn.distributed import shard
-from proxyattn.distributed.attention import _agreed
+from proxyattn.distributed.call import prepare
 from proxyattn.distributed.layout import Sharding
-from tolerance import assert_same_bits
 
 
 @dataclass(frozen=True)
@@ -77,17 +76,17 @@ def chunks_of(case, group):
     return Sharding(case.layout, world, case.tokens, chunk).of_rank(rank)
 
 
+def prepare_case(case, call, shares):
+    settings = dict(case.arguments)
+    named = {name: settings.pop(name) for name in ("causal", "scale") if name in settings}
+    return prepare(**call, **named, shares=shares, settings=settings)
+
+
 def check_lists(case, call, group, shares):
     """Every query block of this rank has the list that it has in one process."""
     q, k, _ = case.whole(call["q"].device)
-    settings = {**case.arguments, "shares": shares}
-    want, want_counts = proxyattn.choose_blocks(q, k, **settings)
-    causal = settings.pop("causal", True)
-    agreed = _agreed(
-        *(call[name] for name in ("q", "k", "v", "group", "layout")),
-        *(causal, settings.pop("scale", None), call.get("cached")),
-        *(settings.pop("shares"), settings.pop("max_gather_bytes", None), None, settings),
-    )
+    want, want_counts = proxyattn.choose_blocks(q, k, **case.arguments, shares=shares)
+    agreed = prepare_case(case, call, shares)
     block = agreed.settings.block_size
     chunks = chunks_of(case, group)
     proxy = 0
@@ -109,10 +108,3 @@ def check_lists(case, call, group, shares):
                 assert torch.equal(counts[:, rows], want_counts[sequence, heads, there])
                 row = rows.stop
     assert proxy == want.shape[1]
-
-
-def assert_equal(got, want, name, bits):
-    if bits:
-        assert_same_bits(got, want, name)
-    else:
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)

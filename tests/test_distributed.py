@@ -16,8 +16,7 @@ def check(group, case):
     q, k, v = case.whole()
     shares = torch.rand(case.batch, case.heads[0]) * 0.3
     settings = {**case.arguments, "shares": shares}
-    whole = {name: value for name, value in settings.items() if name != "max_gather_bytes"}
-    want = proxyattn.proxy_attention(q, k, v, **whole, return_lse=True)
+    want = proxyattn.proxy_attention(q, k, v, **settings, return_lse=True)
     call = case.call(group)
     out, lse = context_parallel_attention(**call, **settings, return_lse=True)
     assert out.dtype == case.dtype and lse.dtype == torch.float32

@@ -7,11 +7,10 @@ import torch.distributed as dist
 from inputs import name_of
 from packs import PAGES
 from proxyattn.distributed import context_parallel_attention, gather, shard, shares, unshard
-from proxyattn.distributed.attention import _agreed
 from proxyattn.distributed.layout import Sharding, even_sharding, sharding_of
 from proxyattn.distributed.pages import PAGE_SIZES, Tokens
 from ranks import error_of
-from sharded import Sharded
+from sharded import Sharded, prepare_case
 from tolerance import assert_same_bits
 
 # ---- chunks
@@ -143,15 +142,10 @@ def test_bad_shards(ranks):
 # ---- shares
 
 
-def estimated(call, settings):
+def estimated(call, case):
     """The shares that a rank goes by: of the one sequence that each chunk of queries is."""
-    agreed = _agreed(
-        *(call[name] for name in ("q", "k", "v", "group", "layout")),
-        *(settings.pop("causal", True), settings.pop("scale", None), call.get("cached")),
-        *(None, None, None, settings),
-    )
-    parts = [arguments["shares"].clone() for _, arguments in agreed.groups()]
-    return torch.cat(parts, 1)
+    groups = prepare_case(case, call, None).groups()
+    return torch.cat([arguments["shares"].clone() for _, arguments in groups], 1)
 
 
 def check_shares(group, case):
@@ -160,7 +154,7 @@ def check_shares(group, case):
     settings = {name: case.arguments[name] for name in names if name in case.arguments}
     q, k, _ = case.whole()
     want = proxyattn.estimate_shares(q, k, **settings)
-    got = estimated(case.call(group), dict(case.arguments))
+    got = estimated(case.call(group), case)
     pieces = len(got) // case.batch
     # One rounding unit of a value as large as 1 and the sums of some logits.
     torch.testing.assert_close(got, want.repeat_interleave(pieces, 0), rtol=0, atol=2e-6)
@@ -201,7 +195,7 @@ def one_nan(group):
     call = case.call(group)
     if dist.get_rank(group) == 1:
         call["k"][0, 3, 1] = torch.nan
-    return estimated(call, dict(case.arguments))[0].isnan().tolist()
+    return estimated(call, case)[0].isnan().tolist()
 
 
 def test_nan_shares(ranks):
