@@ -20,7 +20,9 @@ class Ranks:
     """``world`` processes. ``folder`` must be a new one: it is where they meet."""
 
     def __init__(self, folder, world, backend="gloo"):
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that did nothing but import, so that they need not do it each.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["proxyattn.distributed"])
         self._processes, self._pipes = [], []
         for rank in range(world):
             here, there = context.Pipe()

@@ -177,6 +177,11 @@ FAULTS = [
         f"{OP}: q must be on a device whose tensors the group exchanges, cpu or cuda, got meta",
     ),
     (
+        {"max_gather_bytes": {1}},
+        TypeError,
+        "Object of type set is not JSON serializable",
+    ),
+    (
         {"q": nothing},
         RuntimeError,
         "AttributeError: 'NoneType' object has no attribute 'dim'",

@@ -257,6 +257,23 @@ def memory_and_groups(group, case):
     assert rooms[0] == least and rooms[-1] == kv_heads * head
 
 
+def small_workspace(group):
+    case = Sharded(1000, (4, 2, 2))
+    call, settings = case.call(group), case.arguments
+    want = context_parallel_attention(**call, **settings)
+    kind, message = error_of(context_parallel_attention, **call, **settings, max_workspace_bytes=5)
+    assert kind is ValueError and "max_workspace_bytes must be at least" in message
+    least = int(message.split("at least ")[1].split(",")[0])
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, least, group=group)
+    out = context_parallel_attention(**call, **settings, max_workspace_bytes=max(everyone))
+    assert_same_bits(out, want)
+
+
+def test_a_small_workspace_gives_the_same_bits(ranks):
+    ranks.run(2, small_workspace)
+
+
 def lengths_of(case, world):
     shardings = [
         even_sharding("shard", total, world, case.layout, 64)

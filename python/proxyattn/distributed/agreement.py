@@ -64,16 +64,19 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _encoded(op: str, description: Description) -> bytes:
-    if description.fault is None:
-        text = json.dumps({**vars(description), "fault": None}).encode()
-        if len(text) <= DESCRIPTION_BYTES:
-            return text
-        fault: Exception = ValueError(
-            f"{op}: cached must be few enough numbers to send, got {len(text)} bytes of arguments "
-            f"where {DESCRIPTION_BYTES} fit"
-        )
-    else:
-        fault = description.fault
+    fault = description.fault
+    if fault is None:
+        try:
+            text = json.dumps({**vars(description), "fault": None}).encode()
+        except (TypeError, ValueError) as error:  # a value that is none of JSON's
+            fault = error
+        else:
+            if len(text) <= DESCRIPTION_BYTES:
+                return text
+            fault = ValueError(
+                f"{op}: cached must be few enough numbers to send, got {len(text)} bytes of "
+                f"arguments where {DESCRIPTION_BYTES} fit"
+            )
     kind = next((name for name, kind in _KINDS.items() if isinstance(fault, kind)), "RuntimeError")
     message = str(fault) if type(fault) in _KINDS.values() else f"{type(fault).__name__}: {fault}"
     return json.dumps({"fault": (kind, message[:_MESSAGE_LENGTH])}).encode()

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from proxyattn.distributed.collectives import all_gather
 
-#: A gather as small as this takes as long as a smaller one would.
-WORTHWHILE_BYTES = 16 << 20
+#: Of a group's keys and values on all ranks, at least: within a host they arrive in a fifth of a
+#: millisecond, about what the launches of its attention take.
+WORTHWHILE_BYTES = 64 << 20
 #: Groups that are there at a time: one that is read and one that arrives.
 _GROUPS_AT_A_TIME = 2
 

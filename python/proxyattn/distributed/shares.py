@@ -18,7 +18,7 @@ from proxyattn.distributed.pages import Tokens
 from proxyattn.settings import Settings
 
 #: Keys that one query block goes through alone. There is only one, and a GPU wants more to do.
-_KEYS_AT_A_TIME = 4096
+_KEYS_AT_A_TIME = 8192
 
 
 class LastQueries:
@@ -109,7 +109,7 @@ class LastQueries:
         pieces = [k[:whole].unflatten(0, (-1, _KEYS_AT_A_TIME)), k[None, whole:]]
         found = [
             ops.proxy_attention(
-                q.expand(len(piece), *q.shape),
+                q.repeat(len(piece), 1, 1, 1),  # no stride of 0, which not all kernels take
                 *(piece, piece),
                 causal=False,
                 scale=self._scale,
