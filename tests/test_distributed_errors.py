@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from proxyattn.distributed import agreement, context_parallel_attention
+from proxyattn.distributed.gather import Gather
 from ranks import error_of
 
 OP = "context_parallel_attention"
@@ -26,8 +27,15 @@ def outcome(group, changes):
     arguments = good_arguments(group)
     for name, change in changes.get(dist.get_rank(group), changes.get("all", {})).items():
         arguments[name] = change(arguments[name]) if callable(change) else change
-    with torch.no_grad():
-        return error_of(context_parallel_attention, **arguments)
+    started, start = [], Gather.start
+    Gather.start = lambda self, i: started.append(i) or start(self, i)
+    try:
+        with torch.no_grad():
+            error = error_of(context_parallel_attention, **arguments)
+    finally:
+        Gather.start = start
+    assert bool(started) == (error is None), "an error comes before everything else"
+    return error
 
 
 class tokens:

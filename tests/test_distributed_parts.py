@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 from inputs import name_of
 from packs import PAGES
-from proxyattn.distributed import context_parallel_attention, gather, shard, shares, unshard
+from proxyattn.distributed import (
+    attention,
+    context_parallel_attention,
+    gather,
+    shard,
+    shares,
+    unshard,
+)
 from proxyattn.distributed.layout import Sharding, even_sharding, sharding_of
 from proxyattn.distributed.pages import PAGE_SIZES, Tokens
 from ranks import error_of
@@ -255,6 +262,57 @@ def memory_and_groups(group, case):
     finally:
         gather.Gather.__init__ = made
     assert rooms[0] == least and rooms[-1] == kv_heads * head
+
+
+def what_happens(group):
+    """In which order, and that attention reads the memory that the gather fills."""
+    events, rooms = [], []
+    original = {name: getattr(gather.Gather, name) for name in ("__init__", "start", "wait")}
+    attend = attention.proxy_attention_varlen
+
+    def note(name):
+        def noted(self, *arguments):
+            if name == "__init__":
+                original[name](self, *arguments)
+                return rooms.extend(room.untyped_storage().data_ptr() for room in self._room)
+            if arguments[0] < len(self.groups):
+                events.append(f"{name} {arguments[0]}")
+            return original[name](self, *arguments)
+
+        return noted
+
+    def noted_attend(**arguments):
+        i = len([event for event in events if event.startswith("attend")])
+        events.append(f"attend {i}")
+        for name in "kv":
+            assert arguments[name].untyped_storage().data_ptr() == rooms[i % 2]
+        return attend(**arguments)
+
+    try:
+        for name in original:
+            setattr(gather.Gather, name, note(name))
+        attention.proxy_attention_varlen = noted_attend
+        case = Sharded(500, (3, 3, 3))
+        limit = 2 * 2 * 2 * 256 * 64 * 4  # two groups of one head, K and V, from two ranks
+        context_parallel_attention(**case.call(group), **case.arguments, max_gather_bytes=limit)
+    finally:
+        for name, function in original.items():
+            setattr(gather.Gather, name, function)
+        attention.proxy_attention_varlen = attend
+    return events
+
+
+def test_a_group_is_gathered_while_another_is_attended_to(ranks):
+    assert (
+        ranks.run(2, what_happens)
+        == [
+            [
+                *("start 0", "start 1", "wait 0", "attend 0"),
+                *("start 2", "wait 1", "attend 1", "wait 2", "attend 2"),
+            ]
+        ]
+        * 2
+    )
 
 
 def small_workspace(group):

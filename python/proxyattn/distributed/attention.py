@@ -93,7 +93,8 @@ def context_parallel_attention(
         settings=settings,
     )
     out = q.new_empty(q.shape)
-    lse_shape = (q.shape[2], *q.shape[:2]) if return_lse else (0,)
+    batch, tokens, q_heads, _ = q.shape
+    lse_shape = (batch, q_heads, tokens) if return_lse else (0,)
     lse = q.new_empty(lse_shape, dtype=torch.float32)
     for heads, arguments in call.groups():
         result = proxy_attention_varlen(
@@ -103,5 +104,5 @@ def context_parallel_attention(
             out=out.flatten(0, 1)[:, heads],
         )
         if return_lse:
-            lse[heads] = result[1].unflatten(1, q.shape[:2])
-    return (out, lse.transpose(0, 1)) if return_lse else out
+            lse[:, heads] = result[1].unflatten(1, (batch, tokens)).transpose(0, 1)
+    return (out, lse) if return_lse else out
