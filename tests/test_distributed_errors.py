@@ -97,7 +97,7 @@ DIFFERENT = [
     (on_rank(0, num_sink_blocks=0), "num_sink_blocks", "0 on rank 0 and 1 on ranks 1, 2"),
     (on_rank(0, num_local_blocks=3), "num_local_blocks", "3 on rank 0 and 1 on ranks 1, 2"),
     (on_rank(2, shares=None), "shares", "given on ranks 0, 1 and None on rank 2"),
-    (on_rank(2, cached=[16, 16]), "number of cached", "1 on ranks 0, 1 and 2 on rank 2"),
+    (on_rank(2, cached=[16, 16]), "length of cached", "1 on ranks 0, 1 and 2 on rank 2"),
     (
         {0: {"max_gather_bytes": 1 << 30}, 1: {"max_gather_bytes": 1 << 31}},
         "max_gather_bytes",

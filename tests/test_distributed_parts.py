@@ -196,6 +196,18 @@ def test_scale_of_the_shares(ranks):
     ranks.run(2, check_shares, case)
 
 
+def under_autocast(group):
+    case = Sharded(500, (4, 2, 2))
+    call = case.call(group)
+    want = estimated(call, case)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_bits(estimated(call, case), want)
+
+
+def test_shares_under_autocast(ranks):
+    ranks.run(2, under_autocast)
+
+
 def one_nan(group):
     """A key of NaN on one rank: all ranks have a NaN share for the heads that read it."""
     case = Sharded(500, (4, 2, 2))

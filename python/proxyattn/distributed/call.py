@@ -71,17 +71,16 @@ class Call:
             k, v = gather.wait(i)
             heads = slice(kv.start * q_heads // kv_heads, kv.stop * q_heads // kv_heads)
             proxies = (kv.stop - kv.start) * self.settings.num_proxy_heads // kv_heads
-            yield (
-                heads,
-                {
-                    **{"q": q[:, heads], "k": k, "v": v},
-                    **places,
-                    **replace(self.settings, num_proxy_heads=proxies).to_dict(),
-                    "causal": self.causal,
-                    "scale": self.scale,
-                    "shares": None if shares is None else shares[:, heads],
-                },
-            )
+            arguments = {
+                "q": q[:, heads],
+                "k": k,
+                "v": v,
+                "causal": self.causal,
+                "scale": self.scale,
+                "shares": None if shares is None else shares[:, heads],
+            }
+            settings = replace(self.settings, num_proxy_heads=proxies).to_dict()
+            yield heads, {**arguments, **places, **settings}
 
 
 def prepare(
@@ -120,7 +119,7 @@ def prepare(
             "q_heads": q.shape[2],
             "kv_heads": k.shape[2],
             "head_dim": q.shape[3],
-            "number of cached": len(own["cached"]),
+            "length of cached": len(own["cached"]),
             "shares": "None" if shares is None else "given",
             "max_gather_bytes": max_gather_bytes,
             "max_workspace_bytes": max_workspace_bytes,

@@ -63,6 +63,14 @@ class LastQueries:
 
     def shares(self, k: Tensor) -> Tensor:
         """fp32 ``[B, Hq]``, the same bits on all ranks. ``k`` are the rank's keys; collective."""
+        with torch.autocast(k.device.type, enabled=False):  # which would round the logits
+            sums = self._sums(k)
+        everyone = gathered(sums, self._group)
+        forced, total = everyone[:, 0].logsumexp(0), everyone.flatten(0, 1).logsumexp(0)
+        return (forced - total).exp().mean(-1).clamp(max=1.0)
+
+    def _sums(self, k: Tensor) -> Tensor:
+        """[2, B, Hq, L]: log-sum-exps over the rank's keys in forced blocks, and in the others."""
         batch, length, heads, _ = self._q.shape
         sums = self._q.new_full((2, batch, heads, length), -torch.inf, dtype=torch.float32)
         for chunk in self._tokens.keys_on(self._rank):
@@ -72,9 +80,7 @@ class LastQueries:
                 masked = self._causal and part.start >= self._begin
                 lse = self._masked_lse(keys, part.start) if masked else self._lse(keys)
                 sums[kind] = torch.logaddexp(sums[kind], lse)
-        everyone = gathered(sums, self._group)
-        forced, total = everyone[:, 0].logsumexp(0), everyone.flatten(0, 1).logsumexp(0)
-        return (forced - total).exp().mean(-1).clamp(max=1.0)
+        return sums
 
     def _is_forced(self, part: Chunk) -> bool:
         return part.start < self._sink_end or part.start >= self._local_begin
