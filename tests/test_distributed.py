@@ -136,6 +136,25 @@ def test_any_memory_layout(ranks):
     ranks.run(2, any_layout)
 
 
+def compiled(group):
+    """The call is left out of the graph as a whole."""
+    case = Sharded(500, (4, 2, 2))
+    call = case.call(group)
+
+    def layer(q, k, v):
+        return context_parallel_attention(
+            2 * q, k, v, group=group, layout=case.layout, **case.arguments
+        ).sum(-1)
+
+    tensors = [call[name] for name in "qkv"]
+    torch._dynamo.reset()
+    assert_same_bits(torch.compile(layer, backend="eager")(*tensors), layer(*tensors))
+
+
+def test_compiled(ranks):
+    ranks.run(2, compiled)
+
+
 def nothing_else_is_read(group):
     """Memory that nobody wrote holds NaN: the room behind a shorter shard."""
     torch.use_deterministic_algorithms(True)
