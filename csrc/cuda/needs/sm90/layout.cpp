@@ -5,6 +5,7 @@
 
 #include "cuda/common/tensor_map.h"
 #include "cuda/needs/dispatch.h"
+#include "cuda/sequences/packed.h"
 #include "cuda/sm90/key_maps.h"
 
 namespace proxyattn::cuda::sm90 {
@@ -15,6 +16,7 @@ constexpr int64_t kMaxCount = int64_t{1} << 30;  // the kernel counts with 32 bi
 }  // namespace
 
 bool block_lse_fits(const NeedParams& p) {
+  if (is_packed(p)) return false;
   const bool counted = p.kv_len <= kMaxCount && p.q_len <= kMaxCount && -kMaxCount <= p.q_offset &&
                        p.q_offset <= kMaxCount && p.batch * p.q_heads <= kMaxCount / (p.kv_len + 1);
   return counted && tensor_map_fits(p.q, {p.q_len, p.head_dim, p.q_heads, p.batch}, p.q_strides) &&
