@@ -2,7 +2,6 @@
 // what the CPU gives for one sequence after another.
 #include <cstdint>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -11,6 +10,7 @@
 
 #include "check.h"
 #include "common/pipeline.h"
+#include "cuda/needs/layout.h"
 #include "packed_stages.h"
 #include "sequences.h"
 #include "tensors.h"
@@ -265,6 +265,77 @@ TEST(what_a_call_has_by_its_capacities) {
   p.packed.blocks = {3, 8};
   CHECK_EQ(sizes.q_blocks(), int64_t{5});
   CHECK_EQ(sizes.kv_windows(), int64_t{(1200 / 512 + 3) * 128});
+}
+
+// README's formula, of README's names.
+struct Capacities {
+  int64_t S, T, Tk, max_seqlen_k;
+  bool paged;
+};
+
+PipelineParams params_of(const Capacities& c) {
+  static const int32_t some_number = 0;
+  PipelineParams p = Call({}).params(BudgetMode::kTopP);
+  p.batch = c.S;
+  p.kv_len = c.max_seqlen_k;
+  p.dtype = DType::kBFloat16;
+  p.packed.total_q = c.T;
+  p.packed.total_kv = c.Tk;
+  if (c.paged) {
+    p.packed.kv_starts = nullptr;
+    p.packed.kv_lens = p.packed.page_table = &some_number;
+    p.packed.page_len = 16;
+  }
+  return p;
+}
+
+int64_t rounded(int64_t bytes) {
+  return round_up(bytes, kWorkspaceAlignment);
+}
+
+// All query blocks at once.
+int64_t formula(const PipelineParams& p, const Capacities& c) {
+  const int64_t tokens = c.paged ? c.S * c.max_seqlen_k : c.Tk;
+  const int64_t b = p.q_block;
+  const int64_t s = p.stride;
+  const int64_t g = p.proxy_heads;
+  const int64_t rows = c.T / b + c.S;
+  const int64_t ranking = 4 * rows * g * ceil_div(c.max_seqlen_k, b);
+  const int64_t units = tokens / (128 * s) + c.S;
+  return rounded(2 * units * 128 * min_of(g, p.kv_heads) * p.head_dim) +
+         rounded(56 * c.S + 4 + 4 * rows + 4 * units) + rounded(4 * c.S * p.q_heads) +
+         rounded(2 * rows * (b / s) * g * p.head_dim) + 3 * rounded(ranking) +
+         rounded(4 * rows * p.q_heads) + rounded(PackedStages::kScratchBytes);
+}
+
+constexpr Capacities kCapacities[] = {{1, 100, 100, 100, false},
+                                      {5, 1000, 3000, 2000, false},
+                                      {32, 20000, 30000, 9000, false},
+                                      {300, 300, 300000, 1000, false},
+                                      {7, 5000, 64, 3000, true}};
+
+TEST(memory_is_a_formula_of_the_capacities) {
+  for (const Capacities& c : kCapacities) {
+    PipelineParams p = params_of(c);
+    CHECK_EQ(Attend(p).workspace_bytes(), formula(p, c));
+    p.q_block = p.kv_block = 128;
+    p.stride = 8;
+    p.proxy_heads = 1;
+    CHECK_EQ(Attend(p).workspace_bytes(), formula(p, c));
+  }
+}
+
+TEST(scratch_of_the_estimate_is_within_its_bound) {
+  for (const Capacities& c : kCapacities) {
+    for (const int64_t block : {64, 128}) {
+      PipelineParams p = params_of(c);
+      p.q_block = p.kv_block = block;
+      const int64_t tokens = c.paged ? c.S * c.max_seqlen_k : c.Tk;
+      const int64_t bytes = cuda::NeedLayout(need_params(p, {})).bytes();
+      // 288 MiB of 2^26 keys of one head each.
+      CHECK(2 * bytes <= 9 * p.q_heads * (tokens + 2 * block * c.S));
+    }
+  }
 }
 
 TEST(only_a_batch_aligns_queries_with_keys) {
