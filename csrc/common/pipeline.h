@@ -86,32 +86,40 @@ class Pipeline {
       return;
     }
     const int64_t num_blocks = CallSizes(p_).q_blocks();
-    BlockRange prepared{0, 0};
-    const auto prepare = [&](const BlockRange& blocks) {
-      const bool is_ready = blocks.begin == prepared.begin && blocks.end == prepared.end;
-      if (!CallSizes(p_).is_packed() || is_ready) return;
-      Stages::prepare(table_params(part_of(p_, blocks), buffers_), extra...);
+    int64_t prepared = 0;  // query blocks that the table is of: all, or those of a step
+    const auto prepare = [&](const PipelineParams& part) {
+      const int64_t blocks = CallSizes(part).q_blocks();
+      if (!CallSizes(p_).is_packed() || (prepared == num_blocks && blocks == num_blocks)) return;
+      Stages::prepare(table_params(part, buffers_), extra...);
       prepared = blocks;
     };
     if (p_.shares == nullptr) {
-      prepare({0, num_blocks});
+      prepare(p_);
       Stages::needs(need_params(p_, buffers_), extra...);
     }
-    for (int64_t end = num_blocks; end > 0; end -= step_blocks_) {
-      const BlockRange blocks{max_of<int64_t>(0, end - step_blocks_), end};
-      const PipelineParams part = part_of(p_, blocks);
-      prepare(blocks);
-      Stages::pool(pool_params(part, buffers_, /*with_keys=*/end == num_blocks), extra...);
+    bool with_keys = true;
+    for_each_step([&](const PipelineParams& part) {
+      prepare(part);
+      Stages::pool(pool_params(part, buffers_, with_keys), extra...);
       Stages::score(score_params(part, buffers_), extra...);
       Stages::select(select_params(part, buffers_), extra...);
       if constexpr (kAttends) Stages::attention(attention_params(part, buffers_), extra...);
-    }
+      with_keys = false;
+    });
   }
 
  private:
   static constexpr bool kAttends = kJob == PipelineJob::kAttend;
 
   bool top_p() const { return p_.budget_mode == BudgetMode::kTopP; }
+
+  // From the last query blocks to the first.
+  template <typename Visit>
+  void for_each_step(const Visit& visit) const {
+    for (int64_t end = CallSizes(p_).q_blocks(); end > 0; end -= step_blocks_) {
+      visit(part_of(p_, {max_of<int64_t>(0, end - step_blocks_), end}));
+    }
+  }
 
   // The stages' own scratch grows with the blocks of a step too, so it is found by trying.
   void plan() {
@@ -142,23 +150,18 @@ class Pipeline {
     WorkspaceCursor cursor(p_.workspace);
     cursor.take(taken_bytes_);
     buffers_ = {};
-    const PipelineParams step = longest_step();
-    if (!dense_) place_lists(CallSizes(p_), CallSizes(step), cursor);
-    buffers_.scratch_bytes = round_up(scratch_bytes(step), kWorkspaceAlignment);
+    if (!dense_) place_lists(cursor);
+    buffers_.scratch_bytes = round_up(scratch_bytes(), kWorkspaceAlignment);
     buffers_.scratch = cursor.take(buffers_.scratch_bytes);
     total_bytes_ = cursor.taken();
   }
 
-  // A part that needs as much as any: the last, which sees the most, and with whole blocks.
-  PipelineParams longest_step() const {
-    const int64_t num_blocks = CallSizes(p_).q_blocks();
-    PipelineParams step = part_of(p_, {num_blocks - step_blocks_, num_blocks});
-    if (step_blocks_ < num_blocks) step.q_len = min_of(p_.q_len, step_blocks_ * p_.q_block);
-    return step;
-  }
-
   // What the stages before attention leave.
-  void place_lists(const CallSizes& call, const CallSizes& step, WorkspaceCursor& cursor) {
+  void place_lists(WorkspaceCursor& cursor) {
+    const CallSizes call(p_);
+    // The last step has a block that may be short; the first has none, unless it is the last.
+    const PipelineParams first = part_of(p_, {0, step_blocks_});
+    const CallSizes step(first);
     const int64_t key_proxy_bytes = proxy_bytes() / p_.proxy_heads * call.key_proxy_heads();
     buffers_.k_proxy = cursor.take(call.entries() * call.kv_windows() * key_proxy_bytes);
     if (call.is_packed()) buffers_.table = cursor.take(sequence_table_bytes(table_params(p_, {})));
@@ -173,14 +176,18 @@ class Pipeline {
     buffers_.counts = cursor.take<int32_t>(step.counts());
   }
 
-  // The stages run one after another and share their scratch.
-  int64_t scratch_bytes(const PipelineParams& step) const {
+  // The stages run one after another and share their scratch. Each asks anew for every step: what
+  // one of them needs does not say what another will.
+  int64_t scratch_bytes() const {
+    if (dense_) return Stages::attention_workspace(attention_params(p_, buffers_));
     int64_t bytes = 0;
-    if (kAttends) bytes = Stages::attention_workspace(attention_params(step, buffers_));
-    if (dense_) return bytes;
-    bytes = max_of(bytes, Stages::score_workspace(score_params(step, buffers_)));
-    if (p_.shares != nullptr) return bytes;
-    return max_of(bytes, Stages::needs_workspace(need_params(p_, buffers_)));
+    if (p_.shares == nullptr) bytes = Stages::needs_workspace(need_params(p_, buffers_));
+    for_each_step([&](const PipelineParams& part) {
+      bytes = max_of(bytes, Stages::score_workspace(score_params(part, buffers_)));
+      if (!kAttends) return;
+      bytes = max_of(bytes, Stages::attention_workspace(attention_params(part, buffers_)));
+    });
+    return bytes;
   }
 
   const char* op_;
