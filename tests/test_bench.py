@@ -69,6 +69,43 @@ def test_stage_runs_and_reports(stage, device):
         assert case["samples"] >= 1
 
 
+#: Sequences packed with and without pages, and one by one.
+PACKED = (["--seqs=3,mix", "--page=0,16"], ["--seqs=3,mix", "--calls=each"])
+
+
+@pytest.mark.parametrize("axes", PACKED, ids=["one-call", "one-by-one"])
+@pytest.mark.parametrize("stage", ["attention", "pipeline"])
+def test_packed_sequences(stage, axes, device):
+    """Each looked at sequence is held against dense stages."""
+    binary = find_binary(f"bench_{stage}")
+    options = ["--device", device, "--repeats=1", "--json", "--q_heads=4", "--kv_heads=2"]
+    result = run([binary, *options, *TINY[stage], "--length=300", "--dtype=bf16", *axes])
+    if device == "cuda" and "build without CUDA" in result.stderr:
+        pytest.skip(f"bench_{stage} was built without CUDA")
+    assert result.returncode == 0, result.stdout + result.stderr
+    cases = json_lines(result.stdout)[1:]
+    assert len(cases) > 4 and all(case["status"] == "ok" for case in cases)
+
+
+def test_a_pack_of_equals_counts_what_a_batch_does():
+    binary = find_binary("bench_attention")
+    common = ["--length=256", "--q_heads=4", "--kv_heads=2", "--head_dim=64", "--dtype=fp32"]
+    common += ["--lists=nested:0.5", "--block_size=64", "--json"]
+    flops = []
+    for axes in (
+        ["--batch=3"],
+        ["--seqs=3"],
+        ["--seqs=3", "--page=32"],
+        ["--seqs=3", "--calls=each"],
+    ):
+        result = run([binary, *common, *axes])
+        assert result.returncode == 0, result.stdout + result.stderr
+        case = json_lines(result.stdout)[1]
+        flops.append(case["tflops"] * case["median_ms"])
+    # Lists are drawn anew for each entry of a batch, but are as long as those of the first.
+    assert flops == pytest.approx([flops[0]] * 4, rel=1e-3)
+
+
 def test_attention_counts_executed_blocks():
     binary = find_binary("bench_attention")
     common = ["--length=256", "--q_heads=2", "--kv_heads=1", "--head_dim=64", "--dtype=fp32"]

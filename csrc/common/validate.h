@@ -20,8 +20,8 @@ void validate_attention(const AttentionParams& params, const char* op = "block_s
 const char* attention_op(const AttentionParams& params);  // the op that these are for
 void validate_pipeline(const PipelineParams& params, const char* op = "proxy_attention");
 
-// Queries of a batch are aligned with the last keys, and must not outnumber them where each sees the
-// keys up to its own. Those of packed sequences may.
+// Queries of a batch are aligned with the last keys, and must not outnumber them where each sees
+// the keys up to its own. Those of packed sequences may.
 void validate_aligned_lengths(const char* op, int64_t q_len, int64_t kv_len, bool causal);
 template <typename Params>
 void validate_alignment(const char* op, const Params& p) {
