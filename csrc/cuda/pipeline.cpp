@@ -28,9 +28,9 @@ int64_t workspace_bytes(const PipelineParams& p) {
 
 template <PipelineJob kJob>
 void run(const PipelineParams& p, Stream stream) {
-  Pipeline<Stages, kJob> pipeline(p);
-  validate_alignment(pipeline_op(kJob, p), p);
-  pipeline.run(stream);
+  const char* op = pipeline_op(kJob, p);
+  validate_alignment(op, p);
+  Pipeline<Stages, kJob>(p, op).run(stream);
 }
 
 }  // namespace

@@ -338,24 +338,6 @@ TEST(scratch_of_the_estimate_is_within_its_bound) {
   }
 }
 
-TEST(only_a_batch_aligns_queries_with_keys) {
-  ScoreParams p{};
-  p.q_len = 65;
-  p.kv_len = 64;
-  p.causal = true;
-  CHECK_THROWS(InvalidArgument,
-               "score_blocks: q_len must be at most kv_len when causal, got q_len=65, kv_len=64",
-               validate_alignment("score_blocks", p));
-  const int32_t some_start = 0;
-  p.packed.q_starts = &some_start;
-  validate_alignment("score_blocks", p);
-  CHECK_THROWS(InvalidArgument,
-               "score_blocks: packed sequences must have been prepared, got no table of them",
-               validate_prepared("score_blocks", p.packed));
-  CHECK_THROWS(InvalidArgument, "pool_heads: sequences must be a batch on a CPU, got packed ones",
-               validate_not_packed("pool_heads", p.packed));
-}
-
 }  // namespace
 }  // namespace proxyattn
 
