@@ -257,12 +257,41 @@ def test_peers_on_cpu(tmp_path):
     assert header["type"] == "header"
     assert {case["status"] for case in cases} == {"ok"}, result.stdout
     assert {case["bench"] for case in cases} == {
-        f"peers.{section}" for section in ("dense", "sparse", "select", "estimate", "end2end")
+        f"peers.{section}"
+        for section in ("dense", "sparse", "select", "estimate", "end2end", "serving")
     }
     checked = [case for case in cases if case["bench"] != "peers.estimate"]
     assert {case["case"]["who"].split()[0] for case in checked} == {"proxyattn", "torch"}
     # Both are fp32 and so is the exact attention that they are held against.
     assert all(case["error"] < 1e-5 for case in checked)
+
+
+def test_peers_mix_is_what_it_says(monkeypatch):
+    """32 sequences from 1K to 64K tokens, 256K together."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from peers_packs import mix_lengths
+
+    lengths = mix_lengths(65536)
+    assert len(lengths) == 32 and (min(lengths), max(lengths)) == (1024, 65536)
+    assert sum(lengths) == pytest.approx(262144, rel=1e-3)
+    assert lengths != sorted(lengths)
+
+
+def test_peers_pages_hold_the_tokens(monkeypatch):
+    """In any order, and nothing else is named."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from peers_inputs import Shape
+    from peers_packs import random_pack
+
+    pack = random_pack(Shape(200, 2, 1, 64), torch.float32, torch.device("cpu"))
+    given = pack.arguments(page=16)
+    assert given["seqused_k"].tolist() == pack.lengths
+    for i, length in enumerate(pack.lengths):
+        pages = given["block_table"][i, : -(-length // 16)].long()
+        for name in "kv":
+            tokens = given[name][pages].flatten(0, 1)
+            assert torch.equal(tokens[:length], getattr(pack, name)[pack.tokens(i)])
+            assert tokens[length:].isnan().all()
 
 
 def test_peers_lists_hold_the_chosen_blocks(monkeypatch):
