@@ -190,8 +190,10 @@ class Calls {
   std::shared_ptr<Buffer> workspace_;
 };
 
-// Blocks that all heads read, by lists that were just chosen. Rows of no sequence have none.
-int64_t num_chosen(Machine& machine, const Lists& lists) {
+// Blocks that all heads read. Rows of no sequence have none.
+int64_t num_chosen(Machine& machine, const PipelineParams& params, const Lists& lists) {
+  const Calls choice(machine, job_of(machine.stages(), "estimation"), {params});
+  choice.launch();
   const auto counts = download(machine, lists.counts->as<int32_t>(), lists.num_counts);
   return std::accumulate(counts.begin(), counts.end(), int64_t{0},
                          [](int64_t sum, int32_t count) { return sum + max_of(count, 0); });
@@ -211,10 +213,9 @@ Workload prepare(Machine& machine, const Case& one) {
   params.counts = lists.counts->as<int32_t>();
 
   Workload work;
-  Calls(machine, job_of(machine.stages(), "estimation"), {params}).launch();
-  machine.synchronize();
-  if (one.text("part") == "whole") work.flops = problem.block_flops(num_chosen(machine, lists));
-
+  if (one.text("part") == "whole") {
+    work.flops = problem.block_flops(num_chosen(machine, params, lists));
+  }
   std::vector<PipelineParams> calls;
   for (int64_t i = 0; pack->one_by_one() && i < pack->count(); ++i) {
     calls.push_back(pack->alone(params, i));
