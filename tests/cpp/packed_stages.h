@@ -18,23 +18,6 @@
 
 namespace proxyattn::test {
 
-// Of a range of query blocks, which are numbered anew: what prepare_sequences makes of one
-// sequence.
-inline Sequence in_range(Sequence s, const BlockRange& blocks, int64_t q_block) {
-  const int64_t first = s.first_q_block;
-  const int64_t end = first + ceil_div<int64_t>(s.q_len, q_block);
-  const int64_t begin_block = std::clamp(blocks.begin, first, end) - first;
-  const int64_t end_block = std::clamp(blocks.end, first, end) - first;
-  const int64_t begin = begin_block * q_block;
-  const int64_t q_len = min_of<int64_t>(end_block * q_block, s.q_len) - begin;
-  s.q_len = static_cast<int32_t>(begin_block == end_block ? 0 : q_len);
-  s.q_start += static_cast<int32_t>(begin);
-  s.offset += static_cast<int32_t>(begin);
-  s.first_q_block =
-      static_cast<int32_t>(std::clamp(first, blocks.begin, blocks.end) - blocks.begin);
-  return s;
-}
-
 // The call of one sequence alone that does its part.
 template <typename Params>
 Params alone(const Params& p, const Sequence& s) {
@@ -71,15 +54,15 @@ struct PackedStages {
 
   static void prepare(const SequenceParams& p) {
     const SequenceTable table(p.table, p);
-    const BlockRange range = p.packed.blocks;
+    const auto begin = static_cast<int32_t>(p.packed.blocks.begin);
     SequenceReader reader(p.packed, sequence_limits(p.packed, p.max_q_len, p.max_kv_len),
                           p.q_block);
     int64_t units = 0;
     std::fill_n(table.block_sequence, table.max_q_blocks, table.count);
     std::fill_n(table.unit_sequence, table.max_key_units, table.count);
     for (int32_t i = 0; i < table.count; ++i) {
-      Sequence s =
-          in_range(reader.next(), {range.begin, range.begin + table.max_q_blocks}, p.q_block);
+      Sequence s = cut_to_blocks(reader.next(), begin, begin + table.max_q_blocks,
+                                 static_cast<int32_t>(p.q_block));
       s.first_key_unit = static_cast<int32_t>(units);
       units += ceil_div<int64_t>(s.kv_len, p.stride * kWindowUnit);
       table.sequences[i] = s;

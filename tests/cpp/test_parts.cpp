@@ -252,6 +252,30 @@ TEST(a_part_is_a_call_of_its_own) {
   CHECK_EQ(CallSizes(part).q_windows(), int64_t{27});
 }
 
+// q_start, q_len, offset, first_q_block
+void check_cut(const Sequence& s, const std::vector<int32_t>& expected) {
+  CHECK((std::vector<int32_t>{s.q_start, s.q_len, s.offset, s.first_q_block} == expected));
+}
+
+TEST(what_a_range_of_query_blocks_has_of_a_sequence) {
+  Sequence s{};  // query blocks 3 to 6, the last one of 8 queries
+  s.q_start = 1000;
+  s.q_len = 200;
+  s.kv_len = 150;
+  s.offset = -50;
+  s.first_q_block = 3;
+  check_cut(cut_to_blocks(s, 0, 7, 64), {1000, 200, -50, 3});
+  check_cut(cut_to_blocks(s, 3, 7, 64), {1000, 200, -50, 0});
+  check_cut(cut_to_blocks(s, 2, 5, 64), {1000, 128, -50, 1});
+  check_cut(cut_to_blocks(s, 4, 6, 64), {1064, 128, 14, 0});
+  check_cut(cut_to_blocks(s, 5, 90, 64), {1128, 72, 78, 0});
+  CHECK_EQ(cut_to_blocks(s, 0, 3, 64).q_len, 0);  // before it
+  CHECK_EQ(cut_to_blocks(s, 0, 3, 64).first_q_block, 3);
+  CHECK_EQ(cut_to_blocks(s, 7, 9, 64).q_len, 0);  // behind it
+  CHECK_EQ(cut_to_blocks(s, 7, 9, 64).first_q_block, 0);
+  CHECK_EQ(cut_to_blocks(s, 4, 6, 64).kv_len, 150);
+}
+
 TEST(what_a_call_has_by_its_capacities) {
   const Call call({{200, 700}, {65, 130}, {300, 300}});
   PipelineParams p = call.params(BudgetMode::kTopP);
