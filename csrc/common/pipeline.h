@@ -26,10 +26,14 @@ inline constexpr int64_t kAllBlocksSize = 128;
 // What they make of them is dropped.
 inline constexpr int64_t kSpareQueries = 256;
 
+inline BlockGrid pipeline_grid(const PipelineParams& p) {
+  return {p.q_len, p.kv_len, p.q_block, p.kv_block, p.q_offset, p.causal, p.window};
+}
+
 // True when the settings alone decide that every visible block is chosen.
 inline bool chooses_all_blocks(const PipelineParams& p) {
   const int64_t min_budget = min_of(p.min_budget, p.kv_len);  // it may be as large as numbers go
-  return p.gamma >= 1.0 || ceil_div(min_budget, p.kv_block) == ceil_div(p.kv_len, p.kv_block);
+  return p.gamma >= 1.0 || ceil_div(min_budget, p.kv_block) >= pipeline_grid(p).most_visible();
 }
 
 enum class PipelineJob { kAttend, kChoose };
@@ -46,16 +50,14 @@ class Pipeline {
   explicit Pipeline(const PipelineParams& params) : Pipeline(params, pipeline_op(kJob, params)) {}
   // `op` is what errors begin with; of the workspace the first `taken_bytes` are the caller's own.
   Pipeline(const PipelineParams& params, const char* op, int64_t taken_bytes = 0)
-      : op_(op),
-        p_(params),
-        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal} {
+      : op_(op), p_(params), grid_(pipeline_grid(p_)) {
     validate_pipeline(params, op);
     // Whoever asks for lists gets rankings, whatever the counts are.
     dense_ = kAttends && chooses_all_blocks(p_);
     if (dense_) {
       // Nobody asks for what is in a block: the size that attention is fastest with.
       p_.q_block = p_.kv_block = kAllBlocksSize;
-      grid_ = {p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal};
+      grid_ = pipeline_grid(p_);
     }
     take(taken_bytes);
     plan();
@@ -235,6 +237,7 @@ ScoreParams Pipeline<Stages, kJob>::score_params(const BlockRange& rows) const {
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
+  s.window = p_.window;
   s.rows = rows;
   s.q_proxy_strides = q_proxy_strides();
   s.k_proxy_strides = k_proxy_strides();
@@ -266,6 +269,7 @@ NeedParams Pipeline<Stages, kJob>::need_params() const {
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
+  s.window = p_.window;
   s.num_sink_blocks = p_.num_sink_blocks;
   s.num_local_blocks = p_.num_local_blocks;
   s.q_strides = p_.q_strides;
@@ -295,6 +299,7 @@ SelectParams Pipeline<Stages, kJob>::select_params(const BlockRange& rows) const
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
+  s.window = p_.window;
   s.min_budget = p_.min_budget;
   s.num_sink_blocks = p_.num_sink_blocks;
   s.num_local_blocks = p_.num_local_blocks;
@@ -329,6 +334,7 @@ AttentionParams Pipeline<Stages, kJob>::attention_params(const BlockRange& rows)
   s.q_block = p_.q_block;
   s.kv_block = p_.kv_block;
   s.q_offset = p_.q_offset;
+  s.window = p_.window;
   s.rows = s.list_rows = rows;
   s.q_strides = p_.q_strides;
   s.k_strides = p_.k_strides;
@@ -339,6 +345,7 @@ AttentionParams Pipeline<Stages, kJob>::attention_params(const BlockRange& rows)
   s.v = p_.v;
   s.indices = dense_ ? nullptr : at<int32_t>(indices_);
   s.counts = dense_ ? nullptr : at<int32_t>(counts_);
+  s.sink_logits = p_.sink_logits;
   s.out = p_.out;
   s.lse = p_.lse;
   s.workspace = at<void>(stage_);

@@ -86,6 +86,12 @@ void check_scale(const char* op, float scale) {
                   ": scale must be finite and positive, got scale=", scale);
 }
 
+void check_window(const char* op, int64_t window, bool causal) {
+  PROXYATTN_CHECK(window >= 0, op, ": window must be at least 0 tokens, got window=", window);
+  PROXYATTN_CHECK(window == 0 || causal, op,
+                  ": window must be None unless causal, got window=", window);
+}
+
 void check_gamma(const char* op, double gamma) {
   PROXYATTN_CHECK(!std::isnan(gamma), op, ": gamma must be a number, got gamma=nan");
 }
@@ -165,6 +171,7 @@ void validate_score(const ScoreParams& p, const char* op) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   check_rows(op, p);
 }
 
@@ -180,6 +187,7 @@ void validate_needs(const NeedParams& p) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   if (p.mode == BudgetMode::kLastBlock) {
     check_gamma(op, p.gamma);
   } else {
@@ -194,6 +202,7 @@ void validate_select(const SelectParams& p, const char* op) {
                   ", q_heads=", p.q_heads);
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
+  check_window(op, p.window, p.causal);
   check_gamma(op, p.gamma);
   check_min_budget(op, p.min_budget);
   check_forced(op, p.num_sink_blocks, p.num_local_blocks);
@@ -215,6 +224,7 @@ void validate_attention(const AttentionParams& p, const char* op) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   check_rows(op, p);
   check_list_rows(op, p.list_rows, p.rows);
   PROXYATTN_CHECK(p.list_heads >= 1 && p.q_heads % p.list_heads == 0, op,
@@ -234,6 +244,7 @@ void validate_pipeline(const PipelineParams& p, const char* op) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   check_gamma(op, p.gamma);
   check_min_budget(op, p.min_budget);
   check_forced(op, p.num_sink_blocks, p.num_local_blocks);

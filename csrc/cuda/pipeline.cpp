@@ -1,6 +1,7 @@
 #include "proxyattn/pipeline.h"
 
 #include "common/pipeline.h"
+#include "cuda/common/limits.h"
 
 namespace proxyattn::cuda {
 namespace {
@@ -23,9 +24,16 @@ struct Stages {
 using Attend = Pipeline<Stages, PipelineJob::kAttend>;
 using Choose = Pipeline<Stages, PipelineJob::kChoose>;
 
+template <PipelineJob kJob>
+void check_window(const PipelineParams& p) {
+  const bool chooses = kJob == PipelineJob::kChoose || !chooses_all_blocks(p);
+  if (chooses) check_no_window(pipeline_op(kJob, p), p.window);
+}
+
 }  // namespace
 
 int64_t proxy_attention_workspace_bytes(const PipelineParams& params) {
+  check_window<PipelineJob::kAttend>(params);
   return Attend(params).workspace_bytes();
 }
 
@@ -34,6 +42,7 @@ void proxy_attention(const PipelineParams& params, Stream stream) {
 }
 
 int64_t choose_blocks_workspace_bytes(const PipelineParams& params) {
+  check_window<PipelineJob::kChoose>(params);
   return Choose(params).workspace_bytes();
 }
 

@@ -191,18 +191,22 @@ TEST(accumulate_adds_weighted_values_to_decayed_sums) {
   });
 }
 
-TEST(mask_hides_keys_from_the_end) {
+TEST(mask_hides_keys_before_the_begin_and_from_the_end) {
   for_each_family([](const Kernels& family) {
     const auto panel = static_cast<std::size_t>(family.panel);
     std::vector<float> scores(7 * panel, 1.0f);
-    scores[6 * panel] = kNan;  // a masked NaN goes
-    std::vector<int32_t> num_seen(panel);
-    for (std::size_t row = 0; row < panel; ++row) num_seen[row] = static_cast<int32_t>(row % 9);
-    family.mask(num_seen.data(), 7, scores.data());
+    scores[0] = scores[6 * panel] = kNan;  // a masked NaN goes
+    std::vector<int32_t> begin(panel), end(panel);
+    for (std::size_t row = 0; row < panel; ++row) {
+      begin[row] = static_cast<int32_t>((row + 2) % 5);
+      end[row] = static_cast<int32_t>((row + 4) % 9);
+    }
+    family.mask(begin.data(), end.data(), 7, scores.data());
     for (std::size_t key = 0; key < 7; ++key) {
       for (std::size_t row = 0; row < panel; ++row) {
-        CHECK_EQ(scores[key * panel + row],
-                 static_cast<int32_t>(key) < num_seen[row] ? 1.0f : -kInf);
+        const bool seen =
+            begin[row] <= static_cast<int32_t>(key) && static_cast<int32_t>(key) < end[row];
+        CHECK_EQ(scores[key * panel + row], seen ? 1.0f : -kInf);
       }
     }
   });

@@ -240,13 +240,15 @@ PROXYATTN_INLINE Vec reference_of(Vec top) {
   return top == -__builtin_inff() ? Vec{} : top;
 }
 
-void mask(const int32_t* num_seen, int64_t num_keys, float* scores) {
+void mask(const int32_t* begin, const int32_t* end, int64_t num_keys, float* scores) {
   const Vec minus_inf = splat(-__builtin_inff());
   for (int64_t half = 0; half < kPanel; half += kLanes) {
-    const IntVec seen = load(num_seen + half);
+    const IntVec first = load(begin + half);
+    const IntVec behind = load(end + half);
     for (int64_t key = 0; key < num_keys; ++key) {
       float* at = scores + key * kPanel + half;
-      store(at, static_cast<int32_t>(key) < seen ? load(at) : minus_inf);
+      const auto at_key = static_cast<int32_t>(key);
+      store(at, (first <= at_key) & (at_key < behind) ? load(at) : minus_inf);
     }
   }
 }

@@ -116,6 +116,7 @@ void launch_packed(const SelectArgs& args, Stream stream) {
 
 void select_blocks(const SelectParams& params, Stream stream) {
   validate_select(params);
+  check_no_window(kOp, params.window);
   const SelectArgs args = make_args(params);
   check_num_kv_blocks(kOp, args.num_blocks);
   if (params.batch == 0) return;
