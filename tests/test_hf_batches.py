@@ -92,15 +92,14 @@ def test_padded_short_prompts_are_dense(device):
     assert_same_bits(actual, logits_of(model, "sdpa", ids, attention_mask=mask))
 
 
-def test_padding_in_a_dense_layer_is_masked(device):
-    """Layers that run dense get the mask that SDPA would have got."""
+def test_padding_hides_itself_from_windows(device):
     changes = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
     model = tiny_model("Qwen2", device, use_sliding_window=True, max_window_layers=1, **changes)
     ids = prompt(device, batch=2)
     mask = padded(ids, left=(30,))
     with hf.record() as recording:
         actual = logits_of(model, "proxyattn", ids, attention_mask=mask)
-    assert recording.dense == {(0, "sliding_window"): 1}
+    assert recording.dense == {(0, "window"): 1}
     assert shapes(recording, 1) == [(1, 370, 370), (1, 400, 400)]
     assert_like_sdpa(model, actual, ids, attention_mask=mask)
 
@@ -136,29 +135,6 @@ def test_a_window_that_holds_the_prompt_is_sparse(device):
             actual = logits_of(model, "proxyattn", ids, **arguments)
         assert set(sparse_layers(recording)) == {0, 1} and not recording.dense
         assert_like_sdpa(model, actual, ids, **arguments)
-
-
-def test_a_window_that_hides_a_key_is_dense(device):
-    model, ids = tiny_model("Mistral", device, sliding_window=399), prompt(device)
-    with hf.record() as recording:
-        actual = logits_of(model, "proxyattn", ids)
-    assert recording.dense == {(0, "sliding_window"): 1, (1, "sliding_window"): 1}
-    assert_like_sdpa(model, actual, ids)
-
-
-def test_sliding_window_layers_are_untouched(device):
-    changes = {
-        "use_sliding_window": True,
-        "sliding_window": 100,
-        "max_window_layers": 1,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    model, ids = tiny_model("Qwen2", device, **changes), prompt(device)
-    with hf.record() as recording:
-        actual = logits_of(model, "proxyattn", ids)
-    assert recording.dense == {(0, "sliding_window"): 1}
-    assert sparse_layers(recording) == [1]
-    assert_like_sdpa(model, actual, ids)
 
 
 # ---- chunks

@@ -257,7 +257,8 @@ def test_heads_of_two_sizes_go_to_sdpa(name):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"s_aux": torch.zeros(2)}, "learned sinks"),
+        ({"s_aux": torch.zeros(1)}, "one logit for each of the 2 query heads"),
+        ({"sinks": torch.zeros(2)}, "the argument sinks"),
         ({"softcap": 30.0}, "capped scores"),
         ({"indices": torch.zeros(1, 200, 64)}, "the argument indices"),
         ({"block_indices": torch.zeros(1)}, "the argument block_indices"),

@@ -61,7 +61,8 @@ class Recording:
     """What ran inside a :func:`record` block; prints as a table of layers."""
 
     sparse: list[SparseCall] = field(default_factory=list)
-    #: Calls that went to SDPA: how many, by (layer, reason).
+    #: Calls that read all that they see: how many, by (layer, reason). Those for the reason
+    #: "window" ran here, inside a sliding window; the others went to SDPA.
     dense: Counter = field(default_factory=Counter)
 
     @property
