@@ -133,7 +133,7 @@ def test_wrong_command_line(options, message):
 @pytest.mark.parametrize(
     ("bench", "options", "message"),
     [
-        ("pool", ["--head_dim=100"], "pool_heads: head_dim must be one of 64, 128, 256"),
+        ("pool", ["--head_dim=100"], "pool_heads: head_dim must be a multiple of 8 up to 256"),
         ("pool", ["--pooling=last"], "bench: pooling must be mean or first, got last"),
         ("score", ["--proxy_heads=3"], "score_blocks: k_proxy must have heads that divide"),
         ("select", ["--mode=all"], "bench: mode must be top_p or last_block, got all"),

@@ -67,8 +67,9 @@ void check_proxy_heads(const char* op, int64_t proxy_heads, int64_t q_heads, int
 }
 
 void check_head_dim(const char* op, int64_t head_dim) {
-  PROXYATTN_CHECK(contains(kHeadDims, head_dim), op, ": head_dim must be one of ",
-                  list_of(kHeadDims), ", got head_dim=", head_dim);
+  const bool fits = head_dim >= 1 && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0;
+  PROXYATTN_CHECK(fits, op, ": head_dim must be a multiple of ", kHeadDimStep, " up to ",
+                  kMaxHeadDim, ", got head_dim=", head_dim);
 }
 
 void check_block_size(const char* op, int64_t block_size) {

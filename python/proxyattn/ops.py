@@ -1,8 +1,9 @@
 """The public functions: the ops of ``torch.ops.proxyattn`` with defaults and documentation.
 
 Tensors are ``q [B, M, Hq, D]`` and ``k, v [B, N, Hkv, D]`` with the last dimension contiguous and
-any other strides; Hkv divides Hq; D is 64, 128 or 256. bfloat16 and float16 everywhere, float32 on
-CPUs too. Causal attention is aligned bottom-right: query i stands at position N - M + i.
+any other strides; Hkv divides Hq; D is 64, 128 or 256, on CPUs any multiple of 8 up to 256.
+bfloat16 and float16 everywhere, float32 on CPUs too. Causal attention is aligned bottom-right:
+query i stands at position N - M + i.
 
 All functions raise ValueError for a wrong value or shape, TypeError for a wrong dtype or device,
 RuntimeError if CUDA fails, if an input requires grad while grad mode is on, or if one carries a

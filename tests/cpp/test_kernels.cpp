@@ -113,7 +113,7 @@ TEST(conversions_agree_with_the_formats) {
 TEST(scores_are_products) {
   for_each_family([](const Kernels& family) {
     const auto panel = static_cast<std::size_t>(family.panel);
-    for (const int64_t head_dim : kHeadDims) {
+    for (const int64_t head_dim : {8, 24, 64, 96, 128, 200, 256}) {
       const auto dim = static_cast<std::size_t>(head_dim);
       const std::vector<float> queries = normal_floats(dim * panel, 1);
       const std::vector<float> keys = normal_floats(dim * kMaxTileKeys, 2);
@@ -158,7 +158,7 @@ TEST(a_score_does_not_depend_on_its_neighbours) {
 TEST(accumulate_adds_weighted_values_to_decayed_sums) {
   for_each_family([](const Kernels& family) {
     const auto panel = static_cast<std::size_t>(family.panel);
-    for (const int64_t head_dim : kHeadDims) {
+    for (const int64_t head_dim : {8, 24, 64, 96, 128, 200, 256}) {
       const auto dim = static_cast<std::size_t>(head_dim);
       const std::vector<float> values = normal_floats(dim * kMaxTileKeys, 1);
       const std::vector<float> weights = normal_floats(panel * kMaxTileKeys, 2);

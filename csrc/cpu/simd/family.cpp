@@ -142,10 +142,10 @@ PROXYATTN_INLINE void product(const float* left,
 template <int kCount>
 void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores) {
   constexpr int64_t kChunk = 64;
-  static_assert(kHeadDims[0] % kChunk == 0);
   for (int64_t d = 0; d < head_dim; d += kChunk) {
+    const int64_t chunk = head_dim - d < kChunk ? head_dim - d : kChunk;
     Vec sums[kCount][2];
-    product<kCount>(keys + d, head_dim, 1, queries + d * kPanel, kChunk, sums);
+    product<kCount>(keys + d, head_dim, 1, queries + d * kPanel, chunk, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       float* const row = scores + r * kPanel;

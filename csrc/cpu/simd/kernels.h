@@ -15,7 +15,6 @@ namespace proxyattn::cpu {
 
 // Keys that one call of a kernel sees at most.
 inline constexpr int64_t kMaxTileKeys = 128;
-inline constexpr int64_t kMaxHeadDim = 256;
 // A multiple of every family's panel.
 inline constexpr int64_t kMaxPanel = 32;
 

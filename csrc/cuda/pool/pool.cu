@@ -114,6 +114,7 @@ void pool(const PoolParams& params, Stream stream) {
 void pool_heads(const PoolParams& params, Stream stream) {
   validate_pool(params);
   check_dtype(kOp, params.dtype);
+  check_head_dim(kOp, params.head_dim);
   if (params.batch == 0) return;
   if (params.dtype == DType::kBFloat16) {
     pool<__nv_bfloat16>(params, stream);

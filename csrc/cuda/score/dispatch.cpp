@@ -67,6 +67,7 @@ int64_t score_blocks_workspace_bytes(const ScoreParams& params) {
 void score_blocks(const ScoreParams& params, Stream stream) {
   validate_score(params);
   check_dtype(kOp, params.dtype);
+  check_head_dim(kOp, params.head_dim);
   check_no_window(kOp, params.window);
   const Kernel& kernel = choose_kernel(params);
   validate_workspace(kOp, params.workspace, params.workspace_bytes, kernel.workspace_bytes(params));

@@ -73,12 +73,15 @@ _KERNELS = frozenset(
     (config["device"], config["head_dim"], getattr(torch, config["dtype"]))
     for config in supported_configs()
 )
+_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)
 
 
 def _can_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
+    if device.type == "cpu":  # whose kernels are for any size
+        return head_dim % 8 == 0 and head_dim <= 256 and dtype in _CPU_DTYPES
     return (device.type, head_dim, dtype) in _KERNELS
 
 
