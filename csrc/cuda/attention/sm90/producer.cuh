@@ -82,7 +82,8 @@ class Producer {
     if (steps > 0) load_value(place, 1, page);
   }
 
-  // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet.
+  // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet. A
+  // barrier of the warp since then orders lane 0's stores before these reads.
   PROXYATTN_DEVICE void read_key_parts(int tiles_before, Parts& parts) const {
     const int slot = key_.slot - tiles_before;
     PROXYATTN_UNROLL
@@ -125,10 +126,10 @@ class Producer {
 
   // Of the key tile that was loaded so many tiles ago.
   PROXYATTN_DEVICE void load_value(const KeyPlace& place, int tiles_before, int page) {
-    Parts parts;
-    read_key_parts(tiles_before, parts);
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     wait(&shared_.value_barriers.empty[value_.slot], value_.phase, ptx::WaitSite::kProducerValue);
+    Parts parts;
+    read_key_parts(tiles_before, parts);
     uint8_t* slot = shared_.value[value_.slot];
     if (leads_warp()) expect(full, parts);
     int tail = -1;
