@@ -51,10 +51,9 @@ def test_padded_rows_run_sparse(family, device):
     with hf.record() as recording:
         actual = logits_of(model, "proxyattn", ids, attention_mask=mask)
     assert not recording.dense
-    # Rows alike run together: the first and third, the second and last, and the fourth.
-    assert (
-        shapes(recording) == shapes(recording, 1) == [(2, 370, 370), (2, 400, 400), (1, 380, 380)]
-    )
+    lengths = [370, 400, 370, 380, 400]
+    expected = [(1, length, length) for length in lengths]
+    assert shapes(recording) == shapes(recording, 1) == expected
     assert_like_sdpa(model, actual, ids, attention_mask=mask)
     assert_like_sdpa(
         model, logits_of(model, "proxyattn", ids, attention_mask=mask), ids, attention_mask=mask
@@ -114,14 +113,19 @@ def test_padding_with_gradients_is_that_of_sdpa(device):
     assert_same_bits(actual, logits_of(model, "sdpa", ids, attention_mask=mask))
 
 
-def test_packed_sequences_are_dense(device):
+@pytest.mark.parametrize("cuts", [(), (200,), (1, 130, 399)])
+def test_packed_sequences_are_sparse(cuts, device):
+    """Prompts in one row, each with positions of its own."""
     model, ids = tiny_model("Llama", device), prompt(device)
-    positions = torch.arange(400, device=device)[None] % 200
+    lengths = [end - start for start, end in zip((0, *cuts), (*cuts, 400), strict=True)]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    arguments = {"position_ids": positions, "use_cache": False}
     with hf.record() as recording:
-        actual = logits_of(model, "proxyattn", ids, position_ids=positions, use_cache=False)
-    assert recording.dense == {(0, "mask"): 1, (1, "mask"): 1}
-    expected = logits_of(model, "sdpa", ids, position_ids=positions, use_cache=False)
-    assert_same_bits(actual, expected)
+        actual = logits_of(model, "proxyattn", ids, **arguments)
+    assert not recording.dense
+    assert shapes(recording) == shapes(recording, 1) == [(1, n, n) for n in lengths]
+    assert_like_sdpa(model, actual, ids, **arguments)
+    assert_like_sdpa(model, logits_of(model, "proxyattn", ids, **arguments), ids, **arguments)
 
 
 # ---- windows

@@ -17,7 +17,7 @@ Neither can be broadcast to scores: a model that uses its mask itself stops at a
 taking it for something else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig
 from transformers.masking_utils import causal_mask_function
 
-_PADDING, _FIRST_SEQUENCE, _NO_TOKEN = 0, 1, -1
+_PADDING, FIRST_SEQUENCE, _NO_TOKEN = 0, 1, -1
 _NO_WINDOW = 0
 _PLAIN, _WINDOWED = torch.int32, torch.int16
 
@@ -75,9 +75,10 @@ def causal_sign(
     if window is None and not _is_causal(
         mask_function, local_size, kv_length, allow_is_causal_skip
     ):
-        # Compiled code doesn't know whether sequences are packed, and has a mask that looks for it.
+        # Prompts in one row, one behind another. Compiled code doesn't know whether there are any
+        # and has a mask that looks for them.
         whole = attention_mask is None and q_length == kv_length and not use_vmap
-        if not (compiling and whole and local_size is None):
+        if not whole or local_size is not None:
             return None
         sequences = _packed_sequences(mask_function, batch_size, kv_length, device)
         return None if sequences is None else _sign_of(sequences)
@@ -98,7 +99,7 @@ def causal_sign(
     if window is not None and not readable:
         return None
     sequences = _real_tokens(attention_mask, seen, kv_length, kv_offset)
-    if readable and plain is not None and bool((sequences[:, :seen] == _FIRST_SEQUENCE).all()):
+    if readable and plain is not None and bool((sequences[:, :seen] == FIRST_SEQUENCE).all()):
         return plain
     if window is not None and not _all_side_by_side(sequences):
         return None
@@ -120,7 +121,7 @@ def _is_window(config: PretrainedConfig | None, local_size: int | None) -> bool:
 
 def _all_side_by_side(sequences: Tensor) -> bool:
     """Whether no row has padding between its tokens, of which a window counts each."""
-    real = (sequences == _FIRST_SEQUENCE).int()
+    real = (sequences == FIRST_SEQUENCE).int()
     begins = real.diff(dim=1, prepend=real.new_zeros(real.shape[0], 1)) == 1
     return bool((begins.sum(1) <= 1).all())
 
@@ -142,7 +143,7 @@ def _real_tokens(
     attention_mask: Tensor | None, seen: int | Tensor, kv_len: int, kv_offset: int
 ) -> Tensor:
     if attention_mask is None:
-        sequences = torch.full((1, kv_len), _FIRST_SEQUENCE, dtype=torch.int32)
+        sequences = torch.full((1, kv_len), FIRST_SEQUENCE, dtype=torch.int32)
     else:
         # As transformers reads a mask that is too short or too long.
         given = attention_mask[:, kv_offset : kv_offset + kv_len].to("cpu", torch.int32)
@@ -203,7 +204,7 @@ def _packed_sequences(
     if not watch.saw_packed_causal:
         return None
     breaks = torch.nn.functional.pad((~joined).int(), (1, 0))
-    return (_FIRST_SEQUENCE + breaks.cumsum(1, dtype=torch.int32)).to("cpu")
+    return (FIRST_SEQUENCE + breaks.cumsum(1, dtype=torch.int32)).to("cpu")
 
 
 # ---- from the sign to what attention needs
@@ -226,11 +227,12 @@ def read_sign(mask: Tensor | None) -> Causal | None:
         return Causal(None, kv_len, kv_len, sequences, None)
     window = int(mask[0, 0, 0, 1])
     return Causal(
-        None, kv_len, _num_tokens(sequences), sequences, None if window == _NO_WINDOW else window
+        None, kv_len, num_tokens(sequences), sequences, None if window == _NO_WINDOW else window
     )
 
 
-def _num_tokens(sequences: Tensor) -> int:
+def num_tokens(sequences: Tensor) -> int:
+    """Tokens up to the last query."""
     return int((sequences[0] != _NO_TOKEN).sum())
 
 
@@ -255,64 +257,3 @@ def dense_mask(causal: Causal, q_len: int, device: torch.device) -> Tensor | Non
 def _sees(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
     sees = keys <= positions
     return sees if window is None else sees & (keys > positions - window)
-
-
-def attend_by_sequence(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Tensor, attend: Callable[..., Tensor]
-) -> Tensor:
-    """Causal attention inside each sequence; padded queries get zeros.
-
-    Rows that agree on their sequences run together, others one after another.
-
-    Args:
-        q: ``[B, M, Hq, D]``.
-        k: ``[B, kv_len, Hkv, D]``.
-        v: ``[B, kv_len, Hkv, D]``.
-        sequences: int32 ``[B or 1, kv_len]`` on the CPU, as in the sign.
-        attend: causal attention of q, k and v, to ``[B, M, Hq, D]``.
-    """
-    seen = _num_tokens(sequences)
-    sequences = sequences[:, :seen]
-    first_query = seen - q.shape[1]
-    out = None
-    for rows, numbers in _alike(sequences):
-        for number in range(_FIRST_SEQUENCE, int(numbers.max()) + 1):
-            tokens = (numbers == number).nonzero()[:, 0]
-            keys, queries = _span(tokens), _span(tokens[tokens >= first_query] - first_query)
-            inputs = (x[rows][:, where] for x, where in ((q, queries), (k, keys), (v, keys)))
-            query, key, value = inputs
-            if query.shape[1] == 0:
-                continue
-            attended = attend(query, key, value)
-            if attended.shape == q.shape:
-                return attended  # one sequence, all of the queries
-            if out is None:
-                out = attended.new_zeros(q.shape)
-            out[_with_columns(rows, queries)] = attended
-    return torch.zeros_like(q) if out is None else out
-
-
-def _alike(sequences: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Rows with the same numbers, and the numbers; one row stands for all."""
-    if sequences.shape[0] == 1:
-        yield slice(None), sequences[0]
-        return
-    rows: dict[bytes, list[int]] = {}
-    for row, numbers in enumerate(sequences.numpy()):
-        rows.setdefault(numbers.tobytes(), []).append(row)
-    for group in rows.values():
-        yield _span(torch.tensor(group)), sequences[group[0]]
-
-
-def _span(places: Tensor) -> slice | Tensor:
-    """Ascending places, as a slice if there are no gaps: slices are views, the others copies."""
-    if places.numel() == 0:
-        return slice(0, 0)
-    first, last = int(places[0]), int(places[-1])
-    return slice(first, last + 1) if last - first + 1 == places.numel() else places
-
-
-def _with_columns(rows: slice | Tensor, columns: slice | Tensor) -> tuple:
-    """An index of both; two lists of places would be paired up."""
-    both_lists = isinstance(rows, Tensor) and isinstance(columns, Tensor)
-    return (rows[:, None] if both_lists else rows, columns)

@@ -1,7 +1,6 @@
 """The two functions that transformers calls: one makes masks, one attends."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,18 +9,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from proxyattn._config import supported_configs
-from proxyattn._stages import Settings, run_stages
+from proxyattn._stages import Settings
 from proxyattn.hf import _ops
-from proxyattn.hf._causal import Causal, attend_by_sequence, causal_sign, dense_mask, read_sign
+from proxyattn.hf._attend import attend, attend_packed
+from proxyattn.hf._causal import Causal, causal_sign, dense_mask, read_sign
 from proxyattn.hf._models import refusal_of_config, refuse_arguments
 from proxyattn.hf._notices import warn_dense, warn_proxy_heads
 from proxyattn.hf._ops import Rule
-from proxyattn.hf._recording import (
-    SparseCall,
-    anything_recorded,
-    open_recordings,
-    record_dense,
-)
+from proxyattn.hf._packed import packing_of
+from proxyattn.hf._recording import anything_recorded, record_dense
 from proxyattn.hf._sinks import attend_with_sinks, sinks_of
 
 #: Calls that see fewer tokens than this go to SDPA, by device type: from here on the least budgets
@@ -208,28 +204,11 @@ class _Hook:
         """Attention of all sequences, recorded where recordings are open."""
         if rule.window is not None:
             record_dense(layer, "window")
-        attend = partial(self._attend, rule=rule, layer=layer)
-        if sequences is None:
-            return attend(q, k, v)
-        return attend_by_sequence(q, k, v, sequences, attend)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rule: Rule, layer: int | None) -> Tensor:
         settings = self._settings(q, k, rule)
-        recordings = open_recordings()
-        if rule.window is not None or not recordings:
-            return settings.attend(q, k, v, *rule)
-        stages = run_stages(q, k, v, settings, rule.scale, rule.sinks)
-        call = SparseCall(
-            layer=layer,
-            q_len=q.shape[1],
-            kv_len=k.shape[1],
-            block_size=settings.block_size,
-            counts=stages.counts,
-            proxy_heads=stages.indices.shape[1],
-        )
-        for recording in recordings:
-            recording.sparse.append(call)
-        return stages.out
+        if sequences is None:
+            return attend(q, k, v, settings, rule, layer)
+        packing = packing_of(sequences, *q.shape[:2])
+        return attend_packed(q, k, v, packing, settings, rule, layer)
 
     def _settings(self, q: Tensor, k: Tensor, rule: Rule) -> Settings:
         """Those of a call; a window leaves few enough blocks to read them all."""

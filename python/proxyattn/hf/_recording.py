@@ -16,8 +16,8 @@ from proxyattn._stages import visible_blocks
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseCall:
-    """One layer's sparse attention in one forward pass: of all rows, or of a padded batch's rows
-    that agree on their padding."""
+    """One layer's sparse attention in one forward pass: of all rows, or of one sequence of a batch
+    that is padded or packed."""
 
     layer: int | None
     q_len: int
