@@ -1,6 +1,8 @@
 // Attention over block lists. TFLOPS count the whole blocks that were executed; all blocks are
 // also counted as dense attention is. PROXYATTN_FAMILY=<family> in the environment picks another
 // kernel family than the best.
+#include "proxyattn/error.h"
+
 #include "checks.h"
 #include "lists.h"
 #include "problem.h"
@@ -11,6 +13,8 @@ using namespace proxyattn::bench;
 
 Workload prepare(Machine& machine, const Case& one) {
   const Problem problem = problem_of(one);
+  PROXYATTN_CHECK(problem.window == 0 || one.text("lists") == "all",
+                  "bench: window must be 0 unless lists is all, got ", one.name());
   const BlockLists lists = make_lists(problem, one.text("lists"));
   const auto q = random_buffer(machine, problem.q_elements(), problem.dtype, 1);
   const auto k = random_buffer(machine, problem.kv_elements(), problem.dtype, 2);
@@ -38,7 +42,9 @@ Workload prepare(Machine& machine, const Case& one) {
   };
   work.check = [&machine, params] { check_attention(machine, params); };
   work.flops = problem.block_flops(lists.num_executed);
-  work.dense_flops = lists.indices.empty() ? problem.dense_flops() : 0;
+  // Of a window the blocks that it touches are all there is to count.
+  const bool is_dense = lists.indices.empty() && problem.window == 0;
+  work.dense_flops = is_dense ? problem.dense_flops() : 0;
   return work;
 }
 
@@ -56,6 +62,7 @@ int main(int argc, char** argv) {
                          axis("head_dim", {"128"}),
                          axis("block_size", {"128", "64"}),
                          axis("causal", {"1"}),
+                         axis("window", {"0"}),
                          axis("batch", {"1"}),
                          {"dtype", {"bf16", "fp32"}, {"bf16"}}},
                         prepare});

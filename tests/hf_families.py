@@ -297,6 +297,7 @@ FAMILIES = [
     ),
     _windowed("Gemma3"),
     _with_sinks("GptOss"),
+    _with_sinks("Flint"),
     _windowed("Cohere2"),
     _windowed("Olmo3"),
     _windowed("Exaone4"),

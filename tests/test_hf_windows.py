@@ -293,6 +293,18 @@ def test_training_with_sinks_is_that_of_eager():
     torch.testing.assert_close(gradients["proxyattn"], gradients["eager"], rtol=1e-3, atol=1e-6)
 
 
+def test_sinks_alone_may_need_a_gradient():
+    model, ids = gpt_oss("cpu"), prompt("cpu")
+    model.set_attn_implementation("proxyattn")
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.requires_grad_()
+    with hf.record() as recording:
+        model(ids).logits.square().mean().backward()
+    assert recording.dense == {(0, "gradient"): 1, (1, "gradient"): 1}
+    assert model.model.layers[0].self_attn.sinks.grad.abs().max() > 0
+
+
 def test_the_functions_take_what_the_hook_gives():
     """One head of a layer by hand: the sink's logit is not scaled."""
     q = torch.zeros(1, 2, 1, 64)

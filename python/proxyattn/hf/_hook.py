@@ -141,7 +141,7 @@ class _Hook:
             _unsupported_argument(kwargs, seen if window is None and not is_masked else 0)
             or ("short" if self.is_short(query.shape[2], seen, query.device) else None)
             or _unsupported_mask(causal, is_masked, sees_later, query, key)
-            or _unsupported_mode(module, dropout, query, key, value)
+            or _unsupported_mode(module, dropout, query, key, value, sinks)
             or _unsupported_tensors(q, k, v)
         )
         layer = getattr(module, "layer_idx", None)
@@ -269,13 +269,13 @@ def _unsupported_mask(
 
 
 def _unsupported_mode(
-    module: torch.nn.Module, dropout: float, query: Tensor, key: Tensor, value: Tensor
+    module: torch.nn.Module, dropout: float, *tensors: Tensor | None
 ) -> str | None:
     if module.training:
         return "training"
     if dropout > 0:
         return "dropout"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return "gradient"
     return None
 
