@@ -1,6 +1,8 @@
 // Attention over block lists. TFLOPS count the whole blocks that were executed; all blocks are
 // also counted as dense attention is. PROXYATTN_FAMILY=<family> in the environment picks another
 // kernel family than the best. Packed sequences have lists each as a batch of its length would.
+#include "proxyattn/error.h"
+
 #include "checks.h"
 #include "lists.h"
 #include "pack.h"
@@ -44,7 +46,9 @@ PackedLists lists_of(const Pack& pack, const std::string& kind) {
     BlockLists lists = make_lists(problem, kind);
     all.list_heads = lists.list_heads;
     all.flops += problem.block_flops(lists.num_executed);
-    if (lists.indices.empty()) all.dense_flops += problem.dense_flops();
+    // Of a window the blocks that it touches are all there is to count.
+    const bool is_dense = lists.indices.empty() && problem.window == 0;
+    if (is_dense) all.dense_flops += problem.dense_flops();
     if (!pack.is_packed()) {
       all.indices = std::move(lists.indices);
       all.counts = std::move(lists.counts);
@@ -60,6 +64,9 @@ PackedLists lists_of(const Pack& pack, const std::string& kind) {
 
 Workload prepare(Machine& machine, const Case& one) {
   const auto pack = std::make_shared<Pack>(machine, one);
+  const bool has_window = pack->longest().window != 0;
+  PROXYATTN_CHECK(!has_window || one.text("lists") == "all",
+                  "bench: window must be 0 unless lists is all, got ", one.name());
   const PackedLists lists = lists_of(*pack, one.text("lists"));
   const auto indices = uploaded(machine, lists.indices);
   const auto counts = uploaded(machine, lists.counts);
@@ -113,6 +120,7 @@ std::vector<Axis> axes() {
                            axis("head_dim", {"128"}),
                            axis("block_size", {"128", "64"}),
                            axis("causal", {"1"}),
+                           axis("window", {"0"}),
                            axis("batch", {"1"}),
                            {"dtype", {"bf16", "fp32"}, {"bf16"}}};
   for (const Axis& axis : pack_axes()) all.push_back(axis);

@@ -59,6 +59,7 @@ void set_blocks(Params& params, const Problem& problem) {
   params.kv_block = problem.block_size;
   params.q_offset = 0;
   params.causal = problem.causal;
+  params.window = problem.window;
 }
 
 }  // namespace
@@ -69,7 +70,7 @@ float Problem::scale() const {
 
 int64_t Problem::visible_blocks() const {
   int64_t total = 0;
-  for (int64_t m = 0; m < num_blocks(); ++m) total += grid().visible(m);
+  for (int64_t m = 0; m < num_blocks(); ++m) total += grid().num_visible(m);
   return total;
 }
 
@@ -99,6 +100,7 @@ Problem problem_of(const Case& one) {
   problem.head_dim = integer_or(one, "head_dim", 128);
   problem.stride = integer_or(one, "stride", 4);
   problem.block_size = integer_or(one, "block_size", 128);
+  problem.window = integer_or(one, "window", 0);
   problem.causal = integer_or(one, "causal", 1) != 0;
   problem.pooling = pooling_of(one.has("pooling") ? one.text("pooling") : "mean");
   problem.dtype = dtype_of(one.has("dtype") ? one.text("dtype") : "bf16");

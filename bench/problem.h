@@ -18,11 +18,12 @@ struct Problem {
   int64_t head_dim;
   int64_t stride;
   int64_t block_size;
+  int64_t window;  // keys that a query sees; 0: all
   bool causal;
   Pooling pooling;
   DType dtype;
 
-  BlockGrid grid() const { return {length, length, block_size, block_size, 0, causal}; }
+  BlockGrid grid() const { return {length, length, block_size, block_size, 0, causal, window}; }
   int64_t num_blocks() const { return ceil_div(length, block_size); }
   int64_t proxy_length() const { return ceil_div(length, stride); }
   float scale() const;

@@ -2,7 +2,7 @@
 layers are expected to do, and README's table of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -70,6 +70,7 @@ class Family:
     some_attend: bool = False  # other layers are no attention at all
     caches: tuple[str, ...] = ("dynamic", "static")
     refused: str | None = None  # what the error says
+    reference: str = "sdpa"  # the implementation that knows what it does
     config: Callable | None = None  # makes one of parts
     since: tuple[int, int] = (0, 0)  # before this release of transformers it ran otherwise
 
@@ -122,8 +123,13 @@ def _windowed(name: str, **settings) -> Family:
         f"{name}ForCausalLM",
         {**layers, **settings},
         sparse=(1,),
-        dense={(0, "sliding_window"): 1},
+        dense={(0, "window"): 1},
     )
+
+
+def _with_sinks(name: str, **settings) -> Family:
+    """The same with learned sinks, which SDPA does without."""
+    return replace(_windowed(name, **settings), reference="eager")
 
 
 def _hybrid(name: str, layer: int, caches=("dynamic",), **settings) -> Family:
@@ -290,6 +296,8 @@ FAMILIES = [
         ),
     ),
     _windowed("Gemma3"),
+    _with_sinks("GptOss"),
+    _with_sinks("Flint"),
     _windowed("Cohere2"),
     _windowed("Olmo3"),
     _windowed("Exaone4"),
@@ -306,7 +314,7 @@ FAMILIES = [
         sparse=(1, 3),
         generating=(1,),  # the last two get the last query alone
         since=_NEWEST,
-        dense={(0, "sliding_window"): 1, (2, "sliding_window"): 1},
+        dense={(0, "window"): 1, (2, "window"): 1},
         config=lambda: transformers.Gemma4TextConfig(
             **{**_TEXT, "num_hidden_layers": 4},
             num_kv_shared_layers=2,
@@ -357,7 +365,7 @@ FAMILIES = [
         "MistralForCausalLM",
         {"sliding_window": WINDOW},
         sparse=(),
-        dense={(0, "sliding_window"): 1, (1, "sliding_window"): 1},
+        dense={(0, "window"): 1, (1, "window"): 1},
     ),
     Family(
         "DeepseekV3",
@@ -406,7 +414,6 @@ FAMILIES = [
     ),
     _refused("Gemma2", "capped scores"),
     _refused("VaultGemma", "capped scores"),
-    _refused("GptOss", "learned sinks"),
     _refused(
         "DeepseekV32",
         "argument indices",
@@ -426,7 +433,7 @@ FAMILIES = [
 # ---- README's table
 
 _WORDS = {
-    "sliding_window": "windows shorter than the prompt",
+    "window": "windows, of which all is read",
     "mask": "masks of another kind",
     "not causal": "attention that is not causal",
     "head_dim": "keys and values of two sizes",

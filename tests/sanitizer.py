@@ -70,6 +70,10 @@ def run_pipelines(q, k, v, causal, stride, pooling, block_size, proxies, mode):
     if mode == "top_p":
         zeros = torch.zeros(1, 4, device="cuda")
         assert_finite(proxyattn.proxy_attention(q, k, v, gamma=0.7, shares=zeros, **settings))
+    if causal:
+        sinks = torch.ones(4, device="cuda")
+        inside = {"gamma": 1.0, "window": 70, "sink_logits": sinks}
+        assert_finite(proxyattn.proxy_attention(q, k, v, **inside, **settings))
 
 
 #: Ragged, empty, behind a cached prefix, and more queries than keys.

@@ -121,6 +121,20 @@ def test_attention_counts_executed_blocks():
     assert diagonal["dense_tflops"] == 0
 
 
+def test_attention_counts_the_blocks_that_a_window_touches():
+    binary = find_binary("bench_attention")
+    common = ["--length=512", "--q_heads=2", "--kv_heads=1", "--head_dim=64", "--dtype=fp32"]
+    options = ["--lists=all", "--block_size=128", "--window=1,129,512", "--json"]
+    result = run([binary, *common, *options])
+    assert result.returncode == 0, result.stdout + result.stderr
+    _, *cases = json_lines(result.stdout)
+    # Of 4 query blocks: its own, the one before too, and all.
+    for case, blocks in zip(cases, (4, 7, 10), strict=True):
+        flops = case["tflops"] * 1e12 * case["median_ms"] / 1e3
+        assert flops == pytest.approx(4 * 64 * 128 * 128 * 2 * blocks, rel=1e-3)
+        assert case["dense_tflops"] == 0
+
+
 def test_pool_counts_what_it_must_read():
     binary = find_binary("bench_pool")
     shape = ["--length=202", "--q_heads=6", "--kv_heads=2", "--proxy_heads=6", "--head_dim=64"]
@@ -170,8 +184,13 @@ def test_wrong_command_line(options, message):
 @pytest.mark.parametrize(
     ("bench", "options", "message"),
     [
-        ("pool", ["--head_dim=100"], "pool_heads: head_dim must be one of 64, 128, 256"),
+        ("pool", ["--head_dim=100"], "pool_heads: head_dim must be a multiple of 8 up to 256"),
         ("pool", ["--pooling=last"], "bench: pooling must be mean or first, got last"),
+        (
+            "attention",
+            ["--lists=random:0.5", "--window=8"],
+            "bench: window must be 0 unless lists is all",
+        ),
         ("score", ["--proxy_heads=3"], "score_blocks: k_proxy must have heads that divide"),
         ("select", ["--mode=all"], "bench: mode must be top_p or last_block, got all"),
     ],

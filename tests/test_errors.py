@@ -284,9 +284,9 @@ BAD_ARGUMENTS = [
     ),
     Bad(
         f"pool_heads {ESTIMATING}",
-        {"q": lambda x: x[..., :32], "k": lambda x: x[..., :32]},
+        {"q": lambda x: x[..., :36], "k": lambda x: x[..., :36]},
         ValueError,
-        "head_dim must be one of 64, 128, 256, got head_dim=32",
+        "head_dim must be a multiple of 8 up to 256, got head_dim=36",
     ),
     *(
         Bad(

@@ -51,10 +51,9 @@ def test_padded_rows_run_sparse(family, device):
     with hf.record() as recording:
         actual = logits_of(model, "proxyattn", ids, attention_mask=mask)
     assert not recording.dense
-    # Rows alike run together: the first and third, the second and last, and the fourth.
-    assert (
-        shapes(recording) == shapes(recording, 1) == [(2, 370, 370), (2, 400, 400), (1, 380, 380)]
-    )
+    lengths = [370, 400, 370, 380, 400]
+    expected = [(1, length, length) for length in lengths]
+    assert shapes(recording) == shapes(recording, 1) == expected
     assert_like_sdpa(model, actual, ids, attention_mask=mask)
     assert_like_sdpa(
         model, logits_of(model, "proxyattn", ids, attention_mask=mask), ids, attention_mask=mask
@@ -92,15 +91,14 @@ def test_padded_short_prompts_are_dense(device):
     assert_same_bits(actual, logits_of(model, "sdpa", ids, attention_mask=mask))
 
 
-def test_padding_in_a_dense_layer_is_masked(device):
-    """Layers that run dense get the mask that SDPA would have got."""
+def test_padding_hides_itself_from_windows(device):
     changes = {"sliding_window": 100, "layer_types": ["sliding_attention", "full_attention"]}
     model = tiny_model("Qwen2", device, use_sliding_window=True, max_window_layers=1, **changes)
     ids = prompt(device, batch=2)
     mask = padded(ids, left=(30,))
     with hf.record() as recording:
         actual = logits_of(model, "proxyattn", ids, attention_mask=mask)
-    assert recording.dense == {(0, "sliding_window"): 1}
+    assert recording.dense == {(0, "window"): 1}
     assert shapes(recording, 1) == [(1, 370, 370), (1, 400, 400)]
     assert_like_sdpa(model, actual, ids, attention_mask=mask)
 
@@ -115,14 +113,19 @@ def test_padding_with_gradients_is_that_of_sdpa(device):
     assert_same_bits(actual, logits_of(model, "sdpa", ids, attention_mask=mask))
 
 
-def test_packed_sequences_are_dense(device):
+@pytest.mark.parametrize("cuts", [(), (200,), (1, 130, 399)])
+def test_packed_sequences_are_sparse(cuts, device):
+    """Prompts in one row, each with positions of its own."""
     model, ids = tiny_model("Llama", device), prompt(device)
-    positions = torch.arange(400, device=device)[None] % 200
+    lengths = [end - start for start, end in zip((0, *cuts), (*cuts, 400), strict=True)]
+    positions = torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+    arguments = {"position_ids": positions, "use_cache": False}
     with hf.record() as recording:
-        actual = logits_of(model, "proxyattn", ids, position_ids=positions, use_cache=False)
-    assert recording.dense == {(0, "mask"): 1, (1, "mask"): 1}
-    expected = logits_of(model, "sdpa", ids, position_ids=positions, use_cache=False)
-    assert_same_bits(actual, expected)
+        actual = logits_of(model, "proxyattn", ids, **arguments)
+    assert not recording.dense
+    assert shapes(recording) == shapes(recording, 1) == [(1, n, n) for n in lengths]
+    assert_like_sdpa(model, actual, ids, **arguments)
+    assert_like_sdpa(model, logits_of(model, "proxyattn", ids, **arguments), ids, **arguments)
 
 
 # ---- windows
@@ -136,29 +139,6 @@ def test_a_window_that_holds_the_prompt_is_sparse(device):
             actual = logits_of(model, "proxyattn", ids, **arguments)
         assert set(sparse_layers(recording)) == {0, 1} and not recording.dense
         assert_like_sdpa(model, actual, ids, **arguments)
-
-
-def test_a_window_that_hides_a_key_is_dense(device):
-    model, ids = tiny_model("Mistral", device, sliding_window=399), prompt(device)
-    with hf.record() as recording:
-        actual = logits_of(model, "proxyattn", ids)
-    assert recording.dense == {(0, "sliding_window"): 1, (1, "sliding_window"): 1}
-    assert_like_sdpa(model, actual, ids)
-
-
-def test_sliding_window_layers_are_untouched(device):
-    changes = {
-        "use_sliding_window": True,
-        "sliding_window": 100,
-        "max_window_layers": 1,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    model, ids = tiny_model("Qwen2", device, **changes), prompt(device)
-    with hf.record() as recording:
-        actual = logits_of(model, "proxyattn", ids)
-    assert recording.dense == {(0, "sliding_window"): 1}
-    assert sparse_layers(recording) == [1]
-    assert_like_sdpa(model, actual, ids)
 
 
 # ---- chunks

@@ -132,12 +132,12 @@ def test_modules_that_are_not_causal_are_those_of_sdpa(length, device):
 
 
 def test_a_head_dim_without_kernels_is_dense(device, said):
-    model, ids = tiny_model("Llama", device, head_dim=32), prompt(device)
+    model, ids = tiny_model("Llama", device, head_dim=36), prompt(device)
     with hf.record() as recording:
         actual = logits_of(model, "proxyattn", ids)
     assert recording.dense == {(0, "no kernel"): 1, (1, "no kernel"): 1}
     assert_same_bits(actual, logits_of(model, "sdpa", ids))
-    assert "head_dim 32 in torch." in said()[0] and f"on {device}" in said()[0]
+    assert "head_dim 36 in torch." in said()[0] and f"on {device}" in said()[0]
 
 
 def test_float32_on_a_gpu_is_dense(cuda):
@@ -221,7 +221,7 @@ REASONS = {
     "keys that are transposed": ({"tensors": {"k": _unlike_strides}}, "layout"),
     "values that are transposed": ({"tensors": {"v": _unlike_strides}}, "layout"),
     "gradients": ({"tensors": {"k": lambda k: k.requires_grad_()}}, "gradient"),
-    "heads of 32": ({"q_shape": (1, 2, 200, 32)}, "no kernel"),
+    "heads of 36": ({"q_shape": (1, 2, 200, 36)}, "no kernel"),
     "double precision": ({"tensors": dict.fromkeys("qkv", lambda x: x.double())}, "no kernel"),
     "one sequence": ({"cu_seq_lens_q": torch.tensor([0, 200]), "max_length_q": 200}, None),
     "few queries": ({"q_shape": (1, 2, 63, 64)}, "short"),
@@ -257,7 +257,8 @@ def test_heads_of_two_sizes_go_to_sdpa(name):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"s_aux": torch.zeros(2)}, "learned sinks"),
+        ({"s_aux": torch.zeros(1)}, "one logit for each of the 2 query heads"),
+        ({"sinks": torch.zeros(2)}, "the argument sinks"),
         ({"softcap": 30.0}, "capped scores"),
         ({"indices": torch.zeros(1, 200, 64)}, "the argument indices"),
         ({"block_indices": torch.zeros(1)}, "the argument block_indices"),

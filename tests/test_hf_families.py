@@ -37,11 +37,11 @@ def _all_blocks(set_threads):
     hf.register(gamma=1.0, min_seqlen=100)
 
 
-def _check(model, logits_with, mask=None):
+def _check(family, model, logits_with, mask=None):
     """What `logits_with` returns from the hook, within twice SDPA's own error against float64."""
     with torch.no_grad():
-        reference = logits_with(copy.deepcopy(model).double(), "sdpa")
-        plain = logits_with(model, "sdpa")
+        reference = logits_with(copy.deepcopy(model).double(), family.reference)
+        plain = logits_with(model, family.reference)
         with hf.record() as recorded:
             actual = logits_with(model, "proxyattn")
     if mask is not None:
@@ -58,14 +58,14 @@ def _sparse_layers(recording):
 @pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
 @_families(RUN)
 def test_all_blocks_give_the_logits_of_sdpa(family, is_padded):
-    model, ids = family.make("sdpa"), _prompt()
+    model, ids = family.make(family.reference), _prompt()
     mask = padded(ids, left=[0, 30], right=[0, 0, 20]) if is_padded else None
 
     def logits_with(model, implementation):
         model.set_attn_implementation(implementation)
         return model(**family.inputs(ids, mask)).logits
 
-    recording = _check(model, logits_with, mask)
+    recording = _check(family, model, logits_with, mask)
     assert _sparse_layers(recording) == family.sparse
     assert {key: n for key, n in recording.dense.items() if key[0] is not None} == (
         family.dense_calls(is_padded)
@@ -74,14 +74,14 @@ def test_all_blocks_give_the_logits_of_sdpa(family, is_padded):
 
 @_FAMILIES_AND_CACHES
 def test_chunks_give_the_logits_of_sdpa(family, kind):
-    model, ids = family.make("sdpa"), _prompt()
+    model, ids = family.make(family.reference), _prompt()
 
     def logits_with(model, implementation):
         chunks = ids.split([110, LENGTH - 110], dim=1)
         cache = new_cache(kind, model, capacity=LENGTH + 20)
         return chunked_logits(model, implementation, chunks, cache)
 
-    recording = _check(model, logits_with)
+    recording = _check(family, model, logits_with)
     assert _sparse_layers(recording) == family.sparse
     for layer in family.sparse:
         lengths = {(call.q_len, call.kv_len) for call in recording.sparse if call.layer == layer}
@@ -90,15 +90,15 @@ def test_chunks_give_the_logits_of_sdpa(family, kind):
 
 @_families([family for family in RUN if not family.reads_twice])
 def test_beams_find_the_tokens_of_sdpa(family):
-    model, ids = family.make("sdpa"), _prompt()[:2]
+    model, ids = family.make(family.reference), _prompt()[:2]
     mask = padded(ids, left=[0, 30])
     settings = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
     found = {}
-    for implementation in ("sdpa", "proxyattn"):
+    for implementation in (family.reference, "proxyattn"):
         model.set_attn_implementation(implementation)
         with hf.record() as recording:
             found[implementation] = model.generate(ids, attention_mask=mask, **settings)
-    assert torch.equal(found["proxyattn"], found["sdpa"])
+    assert torch.equal(found["proxyattn"], found[family.reference])
     assert _sparse_layers(recording) == (family.generating or family.sparse)
 
 

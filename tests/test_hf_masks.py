@@ -3,7 +3,11 @@
 import pytest
 import torch
 from hf_tiny import EXACT, hf, transformers
-from proxyattn.hf._causal import attend_by_sequence, dense_mask, read_sign
+from proxyattn import Settings
+from proxyattn.hf._attend import attend_packed
+from proxyattn.hf._causal import dense_mask, read_sign
+from proxyattn.hf._ops import Rule
+from proxyattn.hf._packed import packing_of
 from tolerance import assert_same_bits
 from transformers.masking_utils import (
     causal_mask_function,
@@ -95,7 +99,7 @@ PADDED = {
 def test_padded_prompts_get_a_sign_that_stands_for_their_mask(changes):
     sign = mask_of(**changes)
     assert sign.shape == (2, KV_LEN, 2, 3) and sign.dtype == torch.int32
-    assert sign.stride()[2:] == (0, 0)  # no memory
+    assert sign.stride()[2] == 0  # no memory
     causal = read_sign(sign)
     assert causal.seen == changes.get("q_offset", KV_LEN - Q_LEN) + Q_LEN
     expected = mask_of(sdpa_mask, **changes)
@@ -153,7 +157,7 @@ def test_no_sign_is_no_mask():
     assert mask_of(q_length=1, q_offset=399) is None
 
 
-# ---- attention by sequence
+# ---- sequences of a batch
 
 
 def _causal_attention(q, k, v):
@@ -180,13 +184,20 @@ def test_sequences_attend_to_themselves():
     q = torch.randn(6, q_len, 2, 8, dtype=torch.float64)
     k, v = (torch.randn(6, 9, 1, 8, dtype=torch.float64) for _ in range(2))
     k, v = k.expand(-1, -1, 2, -1), v.expand(-1, -1, 2, -1)
-    calls = []
-
-    def attend(q, k, v):
-        calls.append((q.shape[0], q.shape[1], k.shape[1]))
-        return _causal_attention(q, k, v)
-
-    out = attend_by_sequence(q, k, v, numbers, attend)
+    packing = packing_of(numbers, 6, q_len)
+    # Of each sequence with queries: these, and all of its keys.
+    assert packing.q_lens == [4, 3, 4, 4, 1, 3]
+    assert packing.kv_lens == [5, 6, 5, 4, 1, 5]
+    starts = packing.sequences(q.device)
+    assert starts["cu_seqlens_q"].tolist() == [0, 4, 7, 11, 15, 16, 19]
+    assert starts["cu_seqlens_k"].tolist() == [0, 5, 11, 16, 20, 21, 26]
+    assert (starts["max_seqlen_q"], starts["max_seqlen_k"]) == (4, 6)
+    packed = [packing.queries.take(q).split(packing.q_lens)]
+    packed += [packing.keys.take(x).split(packing.kv_lens) for x in (k, v)]
+    attended = [
+        _causal_attention(*(x[None] for x in each))[0] for each in zip(*packed, strict=True)
+    ]
+    out = packing.queries.put(torch.cat(attended), q)
     for row in range(6):
         for query in range(q_len):
             position = seen - q_len + query
@@ -199,21 +210,34 @@ def test_sequences_attend_to_themselves():
                 q[row, None, query, None], k[row, None, keys], v[row, None, keys]
             )
             torch.testing.assert_close(out[row, query], expected[0, 0])
-    # Rows alike run together; queries of a sequence, and all of its keys.
-    assert calls == [(2, 4, 5), (1, 3, 6), (1, 4, 4), (1, 1, 1), (1, 3, 5)]
 
 
-def test_a_whole_batch_is_handed_on_as_it_is():
-    q, k = torch.randn(2, 5, 1, 8), torch.randn(2, 9, 1, 8)
-    numbers = torch.tensor([[1] * 8 + [-1]], dtype=torch.int32)
-    given = []
-    out = attend_by_sequence(q, k, k, numbers, lambda q, k, v: given.append((q, k)) or q)
-    ((query, key),) = given
-    assert query.data_ptr() == q.data_ptr() and key.data_ptr() == k.data_ptr()
-    assert out is query and key.shape[1] == 8
+def test_prompts_that_fill_a_row_are_not_copied():
+    q = torch.randn(1, 8, 1, 8)
+    packing = packing_of(torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3]], dtype=torch.int32), 1, 8)
+    assert packing.q_lens == packing.kv_lens == [3, 2, 3]
+    taken = packing.queries.take(q)
+    assert taken.data_ptr() == q.data_ptr() and taken.shape == (8, 1, 8)
+    assert packing.queries.put(taken, q).data_ptr() == q.data_ptr()
+
+
+def test_one_row_stands_for_all():
+    packing = packing_of(torch.tensor([[0, 1, 1, -1]], dtype=torch.int32), 3, 2)
+    assert packing.q_lens == packing.kv_lens == [2, 2, 2]
+    assert packing.queries.rows.tolist() == [0, 0, 1, 1, 2, 2]
+    assert packing.keys.columns.tolist() == [1, 2] * 3
+
+
+def test_numbers_may_come_in_any_order():
+    packing = packing_of(torch.tensor([[2, 2, 1, 2, 1]], dtype=torch.int32), 1, 2)
+    assert packing.q_lens == [1, 1] and packing.kv_lens == [2, 3]
+    assert packing.keys.columns.tolist() == [2, 4, 0, 1, 3]
+    assert packing.queries.columns.tolist() == [1, 0]
 
 
 def test_a_row_that_is_all_padding_gets_zeros():
-    q, k = torch.randn(1, 5, 1, 8), torch.randn(1, 8, 1, 8)
-    out = attend_by_sequence(q, k, k, torch.zeros(1, 8, dtype=torch.int32), None)
+    packing = packing_of(torch.zeros(1, 8, dtype=torch.int32), 1, 5)
+    assert packing.q_lens == [] and packing.kv_lens == []
+    q, k = torch.randn(1, 5, 2, 64), torch.randn(1, 8, 1, 64)
+    out = attend_packed(q, k, k, packing, Settings(), Rule(None, None, None), None)
     assert_same_bits(out, torch.zeros_like(q))

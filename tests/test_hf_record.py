@@ -100,7 +100,7 @@ def test_a_recording_prints_as_a_table():
         "most head",
         "dense calls",
     ]
-    assert columns[2] == ["0", "0", "sliding_window x2"]
+    assert columns[2] == ["0", "0", "window x2"]
     assert columns[3][:3] == ["1", "2", f"{100 * recording.share:.1f} %"]
     shares = torch.stack([call.share_by_head for call in recording.sparse])
     assert columns[3][3:] == [f"{100 * shares.min():.1f} %", f"{100 * shares.max():.1f} %"]

@@ -29,7 +29,7 @@ def check_sentence(outcome, message, code=2):
         ("--length 99999999999999999999", "out of memory on cpu; try a shorter --length"),
         ("--heads 7", "kv_heads must divide q_heads, got q_heads=7, kv_heads=2"),
         ("--kv-heads 0", "argument --kv-heads: must be at least 1, got 0"),
-        ("--head-dim 80", "head_dim must be one of 64, 128, 256, got head_dim=80"),
+        ("--head-dim 84", "head_dim must be a multiple of 8 up to 256, got head_dim=84"),
         ("--head-dim -1", "argument --head-dim: must be at least 1, got -1"),
         ("--proxy-heads 3", "num_proxy_heads must divide kv_heads"),
         ("--gamma nan", "gamma must be a number, got gamma=nan"),

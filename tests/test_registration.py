@@ -13,24 +13,28 @@ SCHEMAS = {
     "pool_heads": "(Tensor q, Tensor k, int num_proxy_heads, int stride, str pooling) "
     "-> (Tensor q_proxy, Tensor k_proxy)",
     "score_blocks": "(Tensor q_proxy, Tensor k_proxy, SymInt q_len, SymInt kv_len, int stride, "
-    "int block_size, bool causal, float? scale, bool with_mass) -> (Tensor peak, Tensor mass)",
+    "int block_size, bool causal, float? scale, bool with_mass, int? window=None) "
+    "-> (Tensor peak, Tensor mass)",
     "estimate_budgets": "(Tensor q, Tensor k, float gamma, int block_size, bool causal, "
-    "float? scale) -> Tensor budgets",
+    "float? scale, int? window=None) -> Tensor budgets",
     "estimate_shares": "(Tensor q, Tensor k, int block_size, bool causal, float? scale, "
-    "int num_sink_blocks, int num_local_blocks) -> Tensor shares",
+    "int num_sink_blocks, int num_local_blocks, int? window=None) -> Tensor shares",
     "select_blocks": "(Tensor peak, Tensor? mass, Tensor needs, SymInt q_len, SymInt kv_len, "
     "int num_heads, int block_size, bool causal, str budget_mode, float gamma, int min_budget, "
-    "int num_sink_blocks, int num_local_blocks) -> (Tensor indices, Tensor counts)",
+    "int num_sink_blocks, int num_local_blocks, int? window=None) "
+    "-> (Tensor indices, Tensor counts)",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
-    "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)",
+    "int block_size, bool causal, float? scale, bool return_lse, int? window=None, "
+    "Tensor? sink_logits=None) -> (Tensor out, Tensor lse)",
     "choose_blocks": "(Tensor q, Tensor k, bool causal, float? scale, float gamma, int stride, "
     "str pooling, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
-    "int num_sink_blocks, int num_local_blocks, Tensor? shares, int? max_workspace_bytes) "
-    "-> (Tensor indices, Tensor counts)",
+    "int num_sink_blocks, int num_local_blocks, Tensor? shares, int? max_workspace_bytes, "
+    "int? window=None) -> (Tensor indices, Tensor counts)",
     "proxy_attention": "(Tensor q, Tensor k, Tensor v, bool causal, float? scale, float gamma, "
     "int stride, str pooling, int block_size, int num_proxy_heads, str budget_mode, "
     "int min_budget, int num_sink_blocks, int num_local_blocks, Tensor? shares, "
-    "bool return_lse, int? max_workspace_bytes) -> (Tensor out, Tensor lse)",
+    "bool return_lse, int? max_workspace_bytes, int? window=None, Tensor? sink_logits=None) "
+    "-> (Tensor out, Tensor lse)",
 }
 
 
@@ -56,6 +60,8 @@ def test_no_op_is_missing_here():
 def variants(name, device):
     """Argument tuples of the op: shapes, layouts, optional outputs on and off, empty inputs."""
     values = list(good_arguments(name, device).values())
+    windowed = [70] if device == "cpu" else []  # GPUs choose no blocks inside windows yet
+    sinks = torch.ones(4, device=device)
     if name == "pool_heads":
         q, k = values[:2]
         heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
@@ -70,6 +76,7 @@ def variants(name, device):
         q, k = values[:2]
         return [
             (q, k, 100, 200, 4, 64, True, None, False),
+            (q, k, 100, 200, 4, 64, True, None, True, *windowed),
             (q, k[:, :, :1], 100, 200, 4, 128, False, 0.5, True),
             (q[:, :1], k, 1, 200, 4, 64, True, None, True),
             (q[:0], k[:0], 100, 200, 4, 64, True, None, True),
@@ -78,6 +85,7 @@ def variants(name, device):
         q, k = values[:2]
         return [
             (q, k, 0.9, 64, True, None),
+            (q, k, 0.9, 64, True, None, *windowed),
             (q[:, 3:], k, 1.5, 128, False, 0.25),
             (q[:0], k[:0], 0.5, 64, True, None),
         ]
@@ -85,6 +93,7 @@ def variants(name, device):
         q, k = values[:2]
         return [
             (q, k, 64, True, None, 1, 1),
+            (q, k, 64, True, None, 1, 1, *windowed),
             (q[:, 3:], k, 128, False, 0.25, 2, 0),
             (q[:0], k[:0], 64, True, None, 1, 1),
         ]
@@ -94,6 +103,7 @@ def variants(name, device):
         lengths = (100, 200, 4)
         return [
             (peak, mass, shares, *lengths, 64, False, "top_p", 0.5, 100, 2, 0),
+            (peak, mass, shares, *lengths, 64, True, "top_p", 0.5, 0, 1, 1, *windowed),
             (peak, None, budgets, *lengths, 64, True, "last_block", 0.5, 0, 1, 1),
             (peak, mass, budgets, *lengths, 64, True, "last_block", 0.5, 0, 1, 1),
             (peak[:0], mass[:0], shares[:0], *lengths, 64, True, "top_p", 0.5, 0, 1, 1),
@@ -103,15 +113,24 @@ def variants(name, device):
         return [
             (*tensors, 64, True, None, False),
             (*tensors, 64, False, 0.5, True),
+            (*tensors, 64, True, None, True, 70, sinks),
+            (*tensors, 64, False, None, False, None, sinks),
             (*(x[:0] for x in tensors), 64, True, None, True),
         ]
     tensors = values[:-2]
     none = [x[:0] for x in tensors]
     shares = torch.zeros(2, 4, device=device)
     with_lse, without = ([True], [False]) if name == "proxy_attention" else ([], [])
+    dense_in_windows = []
+    if name == "proxy_attention":
+        settings = (True, None, 1.0, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, True, None)
+        dense_in_windows = [(*tensors, *settings, 70, sinks)]
+    chosen = (True, None, 0.5, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, *without, None)
     paper = ("first", 128, 1, "last_block", 64, 0, 2, None)
     return [
-        (*tensors, True, None, 0.5, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, *without, None),
+        (*tensors, *chosen),
+        (*tensors, *chosen, *windowed),
+        *dense_in_windows,
         (*tensors, True, None, 0.5, 4, "mean", 64, 4, "top_p", 0, 1, 1, shares, *with_lse, None),
         (*tensors, False, 0.5, 0.9, 2, *paper, *with_lse, 10**9),
         (*tensors, True, None, 1.0, 4, "mean", 64, 2, "top_p", 0, 1, 1, None, *with_lse, None),

@@ -17,6 +17,7 @@ def test_defaults_are_those_of_the_op():
     assert settings == {name: parameters[name].default for name in settings}
     # What is not a setting says what to compute or with how much memory.
     others = {"q", "k", "v", "causal", "scale", "shares", "return_lse", "max_workspace_bytes"}
+    others |= {"window", "sink_logits"}
     assert set(parameters) - set(settings) == others
     assert SettingsOfStages is Settings
 

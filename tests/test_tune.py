@@ -80,7 +80,7 @@ def test_the_papers_estimate_can_be_tuned_too(capsys, model):
 
 def test_a_model_that_can_not_run_sparse(capsys, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    folder = save_tiny_model(tmp_path, head_dim=32)
+    folder = save_tiny_model(tmp_path, head_dim=36)
     (folder / "text").write_text("some text")
     options = ["--device", "cpu", "--model", folder, "--text", folder / "text"]
     status, out, err = run(capsys, "tune", *options)

@@ -20,11 +20,12 @@ SETTINGS = (
 SCHEMAS = {
     "block_sparse_attention_varlen": f"(Tensor q, Tensor k, Tensor v, {PLACES}Tensor indices, "
     f"Tensor counts, {PAGES}int block_size, bool causal, float? scale, bool return_lse, "
-    "Tensor(a!)? out) -> (Tensor out, Tensor lse)",
+    "Tensor(a!)? out, int? window=None, Tensor? sink_logits=None) -> (Tensor out, Tensor lse)",
     "choose_blocks_varlen": f"(Tensor q, Tensor k, {PLACES}{PAGES}{SETTINGS}"
-    "int? max_workspace_bytes) -> (Tensor indices, Tensor counts)",
+    "int? max_workspace_bytes, int? window=None) -> (Tensor indices, Tensor counts)",
     "proxy_attention_varlen": f"(Tensor q, Tensor k, Tensor v, {PLACES}{PAGES}{SETTINGS}"
-    "bool return_lse, int? max_workspace_bytes, Tensor(a!)? out) -> (Tensor out, Tensor lse)",
+    "bool return_lse, int? max_workspace_bytes, Tensor(a!)? out, int? window=None, "
+    "Tensor? sink_logits=None) -> (Tensor out, Tensor lse)",
 }
 LENGTHS = [(130, 130), (0, 70), (70, 300)]
 
@@ -55,7 +56,11 @@ def op_arguments(op, device):
         given = arguments_of(op, pack)
         for name in ("block_table", "seqused_k"):
             given.setdefault(name, None)
+        # With a window blocks are chosen on CPUs only.
+        has_window = page is None and (device == "cpu" or op == "block_sparse_attention_varlen")
         settings = {
+            "window": 70 if has_window else None,
+            "sink_logits": torch.rand(4, device=device) if lse else None,
             "causal": page is None,
             "scale": None if page is None else 0.3,
             "gamma": 0.5,

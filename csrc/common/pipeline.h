@@ -9,6 +9,7 @@
 
 #include "proxyattn/error.h"
 
+#include "common/block_grid.h"
 #include "common/math.h"
 #include "common/stage_params.h"
 #include "common/tokens.h"
@@ -25,8 +26,9 @@ inline constexpr int64_t kAllBlocksSize = 128;
 
 // True when the settings alone decide that every visible block is chosen.
 inline bool chooses_all_blocks(const PipelineParams& p) {
+  const BlockGrid grid{p.q_len, p.kv_len, p.q_block, p.kv_block, p.q_offset, p.causal, p.window};
   const int64_t min_budget = min_of(p.min_budget, p.kv_len);  // it may be as large as numbers go
-  return p.gamma >= 1.0 || ceil_div(min_budget, p.kv_block) == ceil_div(p.kv_len, p.kv_block);
+  return p.gamma >= 1.0 || ceil_div(min_budget, p.kv_block) >= grid.most_visible();
 }
 
 enum class PipelineJob { kAttend, kChoose };

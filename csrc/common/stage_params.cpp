@@ -30,6 +30,7 @@ void set_blocks(const PipelineParams& p, Params& s) {
   set_lengths(p, s);
   s.kv_block = p.kv_block;
   s.q_offset = p.q_offset;
+  s.window = p.window;
   s.causal = p.causal;
 }
 
@@ -189,6 +190,7 @@ AttentionParams attention_params(const PipelineParams& part, const StageBuffers&
   s.v = part.v;
   s.indices = buffers.indices;
   s.counts = buffers.counts;
+  s.sink_logits = part.sink_logits;
   s.out = part.out;
   s.lse = part.lse;
   s.scale = part.scale;

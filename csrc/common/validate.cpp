@@ -67,8 +67,9 @@ void check_proxy_heads(const char* op, int64_t proxy_heads, int64_t q_heads, int
 }
 
 void check_head_dim(const char* op, int64_t head_dim) {
-  PROXYATTN_CHECK(contains(kHeadDims, head_dim), op, ": head_dim must be one of ",
-                  list_of(kHeadDims), ", got head_dim=", head_dim);
+  const bool fits = head_dim >= 1 && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0;
+  PROXYATTN_CHECK(fits, op, ": head_dim must be a multiple of ", kHeadDimStep, " up to ",
+                  kMaxHeadDim, ", got head_dim=", head_dim);
 }
 
 void check_block_size(const char* op, int64_t block_size) {
@@ -84,6 +85,12 @@ void check_stride(const char* op, int64_t stride) {
 void check_scale(const char* op, float scale) {
   PROXYATTN_CHECK(std::isfinite(scale) && scale > 0.0f, op,
                   ": scale must be finite and positive, got scale=", scale);
+}
+
+void check_window(const char* op, int64_t window, bool causal) {
+  PROXYATTN_CHECK(window >= 0, op, ": window must be at least 0 tokens, got window=", window);
+  PROXYATTN_CHECK(window == 0 || causal, op,
+                  ": window must be None unless causal, got window=", window);
 }
 
 void check_gamma(const char* op, double gamma) {
@@ -175,6 +182,7 @@ void validate_score(const ScoreParams& p, const char* op) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   check_rows(op, p);
 }
 
@@ -190,6 +198,7 @@ void validate_needs(const NeedParams& p) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   if (p.mode == BudgetMode::kLastBlock) {
     check_gamma(op, p.gamma);
   } else {
@@ -204,6 +213,7 @@ void validate_select(const SelectParams& p, const char* op) {
                   ", q_heads=", p.q_heads);
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
+  check_window(op, p.window, p.causal);
   check_gamma(op, p.gamma);
   check_min_budget(op, p.min_budget);
   check_forced(op, p.num_sink_blocks, p.num_local_blocks);
@@ -225,6 +235,7 @@ void validate_attention(const AttentionParams& p, const char* op) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   check_rows(op, p);
   check_list_rows(op, p.list_rows, p.rows);
   PROXYATTN_CHECK(p.list_heads >= 1 && p.q_heads % p.list_heads == 0, op,
@@ -244,6 +255,7 @@ void validate_pipeline(const PipelineParams& p, const char* op) {
   check_block_size(op, p.q_block);
   check_block_size(op, p.kv_block);
   check_scale(op, p.scale);
+  check_window(op, p.window, p.causal);
   check_gamma(op, p.gamma);
   check_min_budget(op, p.min_budget);
   check_forced(op, p.num_sink_blocks, p.num_local_blocks);

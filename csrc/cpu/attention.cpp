@@ -116,8 +116,9 @@ struct Task {
   int64_t first_head;
   int64_t m;
   int64_t num_rows;
-  int64_t visible;         // key blocks
-  const int32_t* entries;  // null: block i is entry i
+  int64_t first_visible;   // key block
+  int64_t visible;         // end of the visible key blocks
+  const int32_t* entries;  // null: all visible blocks
   int64_t counts[kMaxTaskHeads];
 };
 
@@ -126,7 +127,7 @@ class Attender {
   explicit Attender(const AttentionParams& params)
       : p_(params),
         kernels_(kernels()),
-        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal},
+        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal, p_.window},
         task_heads_(heads_per_task(p_)),
         scratch_bytes_(scratch_bytes(p_)) {}
 
@@ -148,7 +149,7 @@ class Attender {
     double num_blocks = 0.0;
     if (p_.indices == nullptr) {
       for (int64_t m = p_.rows.begin; m < p_.rows.end; ++m) {
-        num_blocks += static_cast<double>(p_.batch * p_.q_heads * grid_.visible(m));
+        num_blocks += static_cast<double>(p_.batch * p_.q_heads * grid_.num_visible(m));
       }
     } else {
       for (int64_t head = 0; head < p_.batch * p_.q_heads; ++head) {
@@ -171,13 +172,15 @@ class Attender {
     task.first_head = head % p_.q_heads;
     task.m = m;
     task.num_rows = min_of(p_.q_block, p_.q_len - m * p_.q_block);
+    task.first_visible = grid_.first_visible(m);
     task.visible = grid_.visible(m);
     if (p_.indices != nullptr) {
       const int64_t list = head / (p_.q_heads / p_.list_heads);
       task.entries = p_.indices + list_row(list, m) * p_.list_capacity;
     }
     for (int64_t i = 0; i < task_heads_; ++i) {
-      task.counts[i] = p_.indices == nullptr ? task.visible : p_.counts[list_row(head + i, m)];
+      task.counts[i] =
+          p_.indices == nullptr ? grid_.num_visible(m) : p_.counts[list_row(head + i, m)];
     }
     return task;
   }
@@ -186,8 +189,9 @@ class Attender {
     for (int64_t i = 0; i < task_heads_; ++i) begin_head(task, i, scratch.heads[i]);
     const int64_t longest = *std::max_element(task.counts, task.counts + task_heads_);
     for (int64_t entry = 0; entry < longest; ++entry) {
-      const int64_t n = task.entries == nullptr ? entry : task.entries[entry];
-      if (n >= task.visible) continue;  // a list may name blocks that lie behind every query
+      const int64_t n = task.entries == nullptr ? task.first_visible + entry : task.entries[entry];
+      // A list may name blocks that no query sees.
+      if (n < task.first_visible || n >= task.visible) continue;
       load_block(task, n, scratch);
       for (int64_t i = 0; i < task_heads_; ++i) {
         if (entry < task.counts[i]) visit_block(task, n, scratch.heads[i], scratch);
@@ -201,8 +205,10 @@ class Attender {
                                     task.m * p_.q_block);
     load_panels(kernels_, rows, task.num_rows, p_.head_dim, p_.scale, head.queries);
     std::fill_n(head.out, round_up(task.num_rows, kernels_.panel) * p_.head_dim, 0.0f);
-    std::fill_n(head.top, kMaxBlock, kMinusInf);
-    std::fill_n(head.sum, kMaxBlock, 0.0);
+    // A sink is a column like any other, only that it adds nothing to the output.
+    const float sink = p_.sink_logits == nullptr ? kMinusInf : p_.sink_logits[task.first_head + i];
+    std::fill_n(head.top, kMaxBlock, sink);
+    std::fill_n(head.sum, kMaxBlock, sink == kMinusInf ? 0.0 : 1.0);
   }
 
   int64_t keys_in(int64_t n) const { return min_of(p_.kv_block, p_.kv_len - n * p_.kv_block); }
@@ -221,25 +227,23 @@ class Attender {
                    int64_t n,
                    const HeadState& head,
                    const Scratch& scratch) const {
-    const int64_t block_keys = keys_in(n);
-    const int64_t before = grid_.first_position(task.m) - n * p_.kv_block;
-    // Keys of the block that a row sees.
-    const auto seen = [&](int64_t row) {
-      if (!p_.causal) return block_keys;
-      return max_of<int64_t>(0, min_of(before + row + 1, block_keys));
-    };
+    // The keys of the block are numbered from 0 here.
+    const RowKeys<int64_t> seen =
+        Visibility<int64_t>(p_.causal, p_.window)
+            .rows(grid_.first_position(task.m) - n * p_.kv_block, keys_in(n));
     for (int64_t row = 0; row < task.num_rows; row += kernels_.panel) {
       const int64_t last_row = min_of(row + kernels_.panel, task.num_rows) - 1;
-      const int64_t num_keys = seen(last_row);
-      if (num_keys == 0) continue;
+      const int64_t num_keys = seen.end(last_row);
+      if (seen.begin(row) >= num_keys) continue;
       kernels_.scores(head.queries + row * p_.head_dim, scratch.keys, num_keys, p_.head_dim,
                       scratch.scores);
-      if (seen(row) < num_keys) {
-        int32_t num_seen[kMaxPanel];
+      if (seen.begin(last_row) > 0 || seen.end(row) < num_keys) {
+        int32_t begin[kMaxPanel], end[kMaxPanel];
         for (int64_t lane = 0; lane < kernels_.panel; ++lane) {
-          num_seen[lane] = static_cast<int32_t>(seen(min_of(row + lane, last_row)));
+          begin[lane] = static_cast<int32_t>(seen.begin(min_of(row + lane, last_row)));
+          end[lane] = static_cast<int32_t>(seen.end(min_of(row + lane, last_row)));
         }
-        kernels_.mask(num_seen, num_keys, scratch.scores);
+        kernels_.mask(begin, end, num_keys, scratch.scores);
       }
       float decay[kMaxPanel];
       kernels_.softmax_step(num_keys, scratch.scores, head.top + row, head.sum + row, decay);

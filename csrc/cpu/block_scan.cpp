@@ -32,11 +32,12 @@ void scan_panel(const Kernels& kernels,
     kernels.scores(scratch.queries + row * scan.head_dim, scratch.keys, num_keys, scan.head_dim,
                    scratch.scores);
     if (tile_seen(row) < num_keys) {
-      int32_t num_seen[kMaxPanel];
+      const int32_t first_seen[kMaxPanel] = {};
+      int32_t end_seen[kMaxPanel];
       for (int64_t lane = 0; lane < kernels.panel; ++lane) {
-        num_seen[lane] = static_cast<int32_t>(tile_seen(min_of(row + lane, last_row)));
+        end_seen[lane] = static_cast<int32_t>(tile_seen(min_of(row + lane, last_row)));
       }
-      kernels.mask(num_seen, num_keys, scratch.scores);
+      kernels.mask(first_seen, end_seen, num_keys, scratch.scores);
     }
     kernels.block_stats(scratch.scores, num_keys, scan.keys_per_block, kMaxScanRows, top, sum);
   }
@@ -70,9 +71,22 @@ void scan_blocks(const Kernels& kernels,
   }
 }
 
+void hide_blocks(const BlockScan& scan,
+                 const BlockStats& stats,
+                 int64_t begin,
+                 int64_t end,
+                 int64_t first_block) {
+  for (int64_t n = scan.first_block; n < min_of(first_block, scan.end_block()); ++n) {
+    std::fill_n(stats.top + n * kMaxScanRows + begin, end - begin, kMinusInf);
+    std::fill_n(stats.sum + n * kMaxScanRows + begin, end - begin, 0.0f);
+  }
+}
+
 void finish_scan(const Kernels& kernels, const BlockScan& scan, const BlockStats& stats) {
+  const int64_t num_blocks = max_of<int64_t>(0, scan.end_block() - scan.first_block);
   for (int64_t row = 0; row < scan.num_rows; row += kernels.panel) {
-    kernels.normalize(scan.num_blocks(), kMaxScanRows, stats.top + row, stats.sum + row);
+    const int64_t at = scan.first_block * kMaxScanRows + row;
+    kernels.normalize(num_blocks, kMaxScanRows, stats.top + at, stats.sum + at);
   }
 }
 

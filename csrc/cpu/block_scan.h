@@ -22,12 +22,13 @@ struct BlockScan {
   int64_t num_keys;
   int64_t keys_per_block;  // divides kMaxTileKeys
   int64_t head_dim;
-  int64_t first_seen;  // row i sees the first min(first_seen + i, num_keys) keys; below 0: none
+  int64_t first_block;  // key blocks before it don't exist for these rows
+  int64_t first_seen;   // row i sees the first min(first_seen + i, num_keys) keys; below 0: none
   float scale;
 
   int64_t seen(int64_t row) const { return max_of<int64_t>(0, min_of(first_seen + row, num_keys)); }
-  // Key blocks that any row sees.
-  int64_t num_blocks() const { return ceil_div(seen(num_rows - 1), keys_per_block); }
+  // The end of the key blocks that any row sees.
+  int64_t end_block() const { return ceil_div(seen(num_rows - 1), keys_per_block); }
   // The first row that sees key block n; later ones do too.
   int64_t first_row(int64_t n) const {
     return max_of<int64_t>(0, n * keys_per_block + 1 - first_seen);
@@ -56,7 +57,7 @@ struct ScanScratch {
         scores(layout.take<float>(kMaxTileKeys * kMaxPanel)) {}
 };
 
-// Fills the statistics of key blocks [begin, end).
+// Fills the statistics of key blocks [begin, end), which lie in [first_block, end_block()).
 void scan_blocks(const Kernels& kernels,
                  const BlockScan& scan,
                  int64_t begin,
@@ -64,7 +65,14 @@ void scan_blocks(const Kernels& kernels,
                  const ScanScratch& scratch,
                  const BlockStats& stats);
 
-// Turns the statistics of all num_blocks() blocks into probabilities.
+// Hides the key blocks before `first_block` from rows [begin, end), whose statistics are known.
+void hide_blocks(const BlockScan& scan,
+                 const BlockStats& stats,
+                 int64_t begin,
+                 int64_t end,
+                 int64_t first_block);
+
+// Turns the statistics of all blocks [first_block, end_block()) into probabilities.
 void finish_scan(const Kernels& kernels, const BlockScan& scan, const BlockStats& stats);
 
 }  // namespace proxyattn::cpu

@@ -78,7 +78,7 @@ class Estimator {
   explicit Estimator(const NeedParams& params)
       : p_(params),
         kernels_(kernels()),
-        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal},
+        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal, p_.window},
         num_blocks_(grid_.num_kv_blocks()),
         heads_at_a_time_(cpu::heads_at_a_time(p_)),
         head_bytes_(head_scratch_bytes(p_)),
@@ -95,14 +95,16 @@ class Estimator {
   void estimate(int64_t first_head, int64_t end_head) const {
     const int64_t num_heads = end_head - first_head;
     const int64_t blocks_per_task = kTaskKeys / p_.kv_block;
-    const int64_t num_pieces = ceil_div(num_blocks_, blocks_per_task);
+    // Of the key blocks that exist for the last queries.
+    const int64_t first_block = grid_.first_visible(grid_.last_queries());
+    const int64_t num_pieces = ceil_div(num_blocks_ - first_block, blocks_per_task);
     const double work = static_cast<double>(num_heads * p_.head_dim * kMaxScanRows) *
-                        static_cast<double>(p_.kv_len);
+                        static_cast<double>((num_blocks_ - first_block) * p_.kv_block);
     parallel_for(num_heads * num_pieces, num_workers(work), [&](int64_t task, int worker) {
       const int64_t slot = task / num_pieces;
       const BlockScan scan = scan_of(first_head + slot);
-      const int64_t begin = task % num_pieces * blocks_per_task;
-      const int64_t end = min_of(begin + blocks_per_task, scan.num_blocks());
+      const int64_t begin = first_block + task % num_pieces * blocks_per_task;
+      const int64_t end = min_of(begin + blocks_per_task, scan.end_block());
       scan_blocks(kernels_, scan, begin, end, scan_scratch(worker), head_scratch(slot).stats);
     });
     const double finish_work = static_cast<double>(num_heads * num_blocks_ * kMaxScanRows);
@@ -112,9 +114,10 @@ class Estimator {
       double* mass = head_scratch(slot).mass;
       sum_rows(scan, head_scratch(slot).stats, mass);
       if (p_.mode == BudgetMode::kLastBlock) {
-        p_.budgets[head] = static_cast<int32_t>(blocks_to_reach_gamma(mass, scan.num_blocks()));
+        p_.budgets[head] = static_cast<int32_t>(
+            blocks_to_reach_gamma(mass + first_block, scan.end_block() - first_block));
       } else {
-        p_.shares[head] = forced_share(mass, scan.num_blocks());
+        p_.shares[head] = forced_share(mass, first_block, scan.end_block());
       }
     });
   }
@@ -132,6 +135,7 @@ class Estimator {
     scan.num_keys = p_.kv_len;
     scan.keys_per_block = p_.kv_block;
     scan.head_dim = p_.head_dim;
+    scan.first_block = grid_.first_visible(queries);
     scan.first_seen = p_.causal ? queries.first + 1 : p_.kv_len;
     scan.scale = p_.scale;
     return scan;
@@ -140,7 +144,7 @@ class Estimator {
   // mass[n]: mean over the rows of the probability in key block n.
   void sum_rows(const BlockScan& scan, const BlockStats& stats, double* mass) const {
     finish_scan(kernels_, scan, stats);
-    for (int64_t n = 0; n < scan.num_blocks(); ++n) {
+    for (int64_t n = scan.first_block; n < scan.end_block(); ++n) {
       const float* sum = stats.sum + n * kMaxScanRows;
       double total = 0.0;
       for (int64_t row = scan.first_row(n); row < scan.num_rows; ++row) {
@@ -166,11 +170,13 @@ class Estimator {
   }
 
   // The part of the mass that lies in blocks which are read anyway.
-  float forced_share(const double* mass, int64_t num_blocks) const {
+  float forced_share(const double* mass, int64_t first_block, int64_t end_block) const {
     const ForcedBlocks forced(grid_, grid_.last_queries(), p_.num_sink_blocks, p_.num_local_blocks);
     double held = 0.0;
     double rest = 0.0;
-    for (int64_t n = 0; n < num_blocks; ++n) (forced.rank_of(n) >= 0 ? held : rest) += mass[n];
+    for (int64_t n = first_block; n < end_block; ++n) {
+      (forced.rank_of(n) >= 0 ? held : rest) += mass[n];
+    }
     const double total = held + rest;
     if (!(total > 0.0)) return std::numeric_limits<float>::quiet_NaN();
     return static_cast<float>(held / total);

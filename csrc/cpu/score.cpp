@@ -38,9 +38,10 @@ class Scorer {
   explicit Scorer(const ScoreParams& params)
       : p_(params),
         kernels_(kernels()),
+        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal, p_.window},
         rows_per_block_(p_.q_block / p_.stride),
         blocks_per_task_(max_of<int64_t>(1, kMaxScanRows / rows_per_block_)),
-        num_blocks_(ceil_div(p_.kv_len, p_.kv_block)),
+        num_blocks_(grid_.num_kv_blocks()),
         scratch_bytes_(scratch_bytes(p_)) {}
 
   void run() const {
@@ -73,30 +74,40 @@ class Scorer {
     scan.num_keys = ceil_div(p_.kv_len, p_.stride);
     scan.keys_per_block = p_.kv_block / p_.stride;
     scan.head_dim = p_.head_dim;
+    scan.first_block = grid_.first_visible(blocks.begin);
     // Sampled row t stands at q_offset + stride * t and sampled key j at stride * j.
     scan.first_seen = p_.causal ? floor_div(p_.q_offset, p_.stride) + first_row + 1 : scan.num_keys;
     scan.scale = p_.scale;
 
-    scan_blocks(kernels_, scan, 0, scan.num_blocks(), scratch.scan, scratch.stats);
+    scan_blocks(kernels_, scan, scan.first_block, scan.end_block(), scratch.scan, scratch.stats);
+    for (int64_t m = blocks.begin; m < blocks.end; ++m) {
+      const BlockRange rows = rows_of(scan, m - blocks.begin);
+      hide_blocks(scan, scratch.stats, rows.begin, rows.end, grid_.first_visible(m));
+    }
     finish_scan(kernels_, scan, scratch.stats);
     for (int64_t m = blocks.begin; m < blocks.end; ++m) {
-      const BlockRange rows{(m - blocks.begin) * rows_per_block_,
-                            min_of((m - blocks.begin + 1) * rows_per_block_, scan.num_rows)};
+      const BlockRange rows = rows_of(scan, m - blocks.begin);
+      const BlockRange visible{grid_.first_visible(m), scan.end_block()};
       const int64_t row = head * (p_.rows.end - p_.rows.begin) + m - p_.rows.begin;
-      write_peak(scan, scratch.stats, rows, p_.peak + row * num_blocks_);
+      write_peak(scan, scratch.stats, rows, visible, p_.peak + row * num_blocks_);
       if (p_.mass != nullptr) {
-        write_mass(scan, scratch.stats, rows, p_.mass + row * num_blocks_);
+        write_mass(scan, scratch.stats, rows, visible, p_.mass + row * num_blocks_);
       }
     }
   }
 
-  // Rows [begin, end) of the scan make up the query block.
+  // Those of the scan that make up its i-th query block.
+  BlockRange rows_of(const BlockScan& scan, int64_t i) const {
+    return {i * rows_per_block_, min_of((i + 1) * rows_per_block_, scan.num_rows)};
+  }
+
   void write_peak(const BlockScan& scan,
                   const BlockStats& stats,
                   const BlockRange& rows,
+                  const BlockRange& visible,
                   float* peak) const {
     std::fill_n(peak, num_blocks_, -std::numeric_limits<float>::infinity());
-    for (int64_t n = 0; n < scan.num_blocks(); ++n) {
+    for (int64_t n = visible.begin; n < visible.end; ++n) {
       const float* top = stats.top + n * kMaxScanRows;
       for (int64_t row = max_of(rows.begin, scan.first_row(n)); row < rows.end; ++row) {
         // A NaN among the rows stays.
@@ -109,9 +120,10 @@ class Scorer {
   void write_mass(const BlockScan& scan,
                   const BlockStats& stats,
                   const BlockRange& rows,
+                  const BlockRange& visible,
                   float* mass) const {
     std::fill_n(mass, num_blocks_, 0.0f);
-    for (int64_t n = 0; n < scan.num_blocks(); ++n) {
+    for (int64_t n = visible.begin; n < visible.end; ++n) {
       const float* sum = stats.sum + n * kMaxScanRows;
       double total = 0.0;
       for (int64_t row = max_of(rows.begin, scan.first_row(n)); row < rows.end; ++row) {
@@ -123,6 +135,7 @@ class Scorer {
 
   const ScoreParams& p_;
   const Kernels& kernels_;
+  const BlockGrid grid_;
   const int64_t rows_per_block_;
   const int64_t blocks_per_task_;
   const int64_t num_blocks_;

@@ -21,7 +21,7 @@ class Selector {
  public:
   explicit Selector(const SelectParams& params)
       : p_(params),
-        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal},
+        grid_{p_.q_len, p_.kv_len, p_.q_block, p_.kv_block, p_.q_offset, p_.causal, p_.window},
         num_blocks_(grid_.num_kv_blocks()),
         heads_per_list_(p_.q_heads / p_.proxy_heads),
         min_blocks_(ceil_div(min_of(p_.min_budget, p_.kv_len), p_.kv_block)) {}
@@ -62,7 +62,7 @@ class Selector {
     int32_t* end = ranking;
     for (int64_t i = 0; i < forced.count(); ++i) *end++ = static_cast<int32_t>(forced.block_at(i));
     int32_t* const first_free = end;
-    for (int64_t n = forced.num_sinks; n < forced.local_begin; ++n) {
+    for (int64_t n = forced.first + forced.num_sinks; n < forced.local_begin; ++n) {
       *end++ = static_cast<int32_t>(n);
     }
     std::sort(first_free, end, [peak](int32_t a, int32_t b) {
@@ -84,7 +84,7 @@ class Selector {
           top_p ? blocks_to_hold(list, m, forced, static_cast<double>(p_.shares[h]), free_mass)
                 : p_.budgets[h];
       p_.counts[row_idx(h, m, p_.list_rows)] =
-          static_cast<int32_t>(min_of(max_of(wanted, least), forced.visible));
+          static_cast<int32_t>(min_of(max_of(wanted, least), forced.num_visible()));
     }
   }
 
@@ -93,7 +93,7 @@ class Selector {
     const float* mass = scores_of(p_.mass, list, m);
     const int32_t* ranking = ranking_of(list, m);
     double sum = 0.0;
-    for (int64_t i = 0; i < forced.visible; ++i) {
+    for (int64_t i = 0; i < forced.num_visible(); ++i) {
       const double value = static_cast<double>(mass[ranking[i]]);
       if (i >= forced.count() || std::isnan(value)) sum += value;
     }
@@ -104,18 +104,18 @@ class Selector {
   // forced blocks hold `share` needs of the rest; all blocks if something is NaN.
   int64_t blocks_to_hold(
       int64_t list, int64_t m, const ForcedBlocks& forced, double share, double free_mass) const {
-    if (p_.gamma >= 1.0 || std::isnan(share) || std::isnan(free_mass)) return forced.visible;
+    if (p_.gamma >= 1.0 || std::isnan(share) || std::isnan(free_mass)) return forced.num_visible();
     if (share >= 1.0 || free_mass <= 0.0) return forced.count();
     const double need = (p_.gamma - share) / (1.0 - share);  // negative: none, as 0 is
     const double wanted = (need - kNeedSlack) * free_mass;
     const float* mass = scores_of(p_.mass, list, m);
     const int32_t* ranking = ranking_of(list, m);
     double held = 0.0;
-    for (int64_t i = forced.count(); i < forced.visible; ++i) {
+    for (int64_t i = forced.count(); i < forced.num_visible(); ++i) {
       if (held >= wanted) return i;
       held += static_cast<double>(mass[ranking[i]]);
     }
-    return forced.visible;
+    return forced.num_visible();
   }
 
   const SelectParams& p_;

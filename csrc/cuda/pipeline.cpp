@@ -1,6 +1,7 @@
 #include "proxyattn/pipeline.h"
 
 #include "common/pipeline.h"
+#include "cuda/common/limits.h"
 
 namespace proxyattn::cuda {
 namespace {
@@ -22,7 +23,14 @@ struct Stages {
 };
 
 template <PipelineJob kJob>
+void check_window(const PipelineParams& p) {
+  const bool chooses = kJob == PipelineJob::kChoose || !chooses_all_blocks(p);
+  if (chooses) check_no_window(pipeline_op(kJob, p), p.window);
+}
+
+template <PipelineJob kJob>
 int64_t workspace_bytes(const PipelineParams& p) {
+  check_window<kJob>(p);
   return Pipeline<Stages, kJob>(p).workspace_bytes();
 }
 

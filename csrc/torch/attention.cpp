@@ -18,7 +18,9 @@ TensorPair block_sparse_attention(const at::Tensor& q,
                                   int64_t block_size,
                                   bool causal,
                                   std::optional<double> scale,
-                                  bool return_lse) {
+                                  bool return_lse,
+                                  std::optional<int64_t> window,
+                                  const std::optional<at::Tensor>& sink_logits) {
   constexpr const char* kOp = "block_sparse_attention";
   check_qkv(kOp, q, k, v, causal);
   check_rank(kOp, "indices", indices, 4);
@@ -42,6 +44,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   params.q_offset = params.kv_len - params.q_len;
   params.scale = scale_or_default(scale, params.head_dim);
   params.causal = causal;
+  params.window = window_or_all(kOp, window);
   params.dtype = dtype_of(q);
   validate_attention(params);
   validate_aligned_lengths(kOp, params.q_len, params.kv_len, causal);
@@ -63,6 +66,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
                               : unused_output(q);
   const at::Tensor lists = addressable(indices);
   const at::Tensor list_counts = counts.contiguous();
+  const at::Tensor sinks = sink_logits_of(kOp, sink_logits, params.q_heads, q);
   params.q_strides = strides_of(q);
   params.k_strides = strides_of(k);
   params.v_strides = strides_of(v);
@@ -72,6 +76,7 @@ TensorPair block_sparse_attention(const at::Tensor& q,
   params.v = v.const_data_ptr();
   params.indices = lists.const_data_ptr<int32_t>();
   params.counts = list_counts.const_data_ptr<int32_t>();
+  params.sink_logits = pointer_to(sinks);
   params.out = out.mutable_data_ptr();
   params.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
   params.workspace_bytes = backend.block_sparse_attention_workspace_bytes(params);

@@ -172,6 +172,26 @@ float scale_or_default(std::optional<double> scale, int64_t head_dim) {
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
 }
 
+int64_t window_or_all(const char* op, std::optional<int64_t> window) {
+  constexpr int64_t kAll = 0;
+  if (!window.has_value()) return kAll;
+  TORCH_CHECK_VALUE(*window >= 1, op, ": window must be at least 1, got window=", *window);
+  return *window;
+}
+
+at::Tensor sink_logits_of(const char* op,
+                          const std::optional<at::Tensor>& sink_logits,
+                          int64_t q_heads,
+                          const at::Tensor& q) {
+  if (!sink_logits.has_value()) return {};
+  check_input(op, "sink_logits", *sink_logits, at::kFloat, {q_heads}, "q", q);
+  return addressable(*sink_logits);
+}
+
+const float* pointer_to(const at::Tensor& sink_logits) {
+  return sink_logits.defined() ? sink_logits.const_data_ptr<float>() : nullptr;
+}
+
 at::Tensor addressable(const at::Tensor& tensor) {
   return tensor.numel() > 0 ? tensor.contiguous() : at::empty({1}, tensor.options());
 }

@@ -61,6 +61,17 @@ BudgetMode budget_mode_of(const char* op, std::string_view name);
 // 1 / sqrt(head_dim) unless the caller gave a scale.
 float scale_or_default(std::optional<double> scale, int64_t head_dim);
 
+// The core's number for a window of so many keys, at least 1, or for none.
+int64_t window_or_all(const char* op, std::optional<int64_t> window);
+
+// fp32 [q_heads], one after another; raises if it is anything else. Undefined if there is none.
+at::Tensor sink_logits_of(const char* op,
+                          const std::optional<at::Tensor>& sink_logits,
+                          int64_t q_heads,
+                          const at::Tensor& q);
+// Null if there is none.
+const float* pointer_to(const at::Tensor& sink_logits);
+
 // The elements one after another, and at an address even if there are none: no address would mean
 // that the tensor was not given.
 at::Tensor addressable(const at::Tensor& tensor);

@@ -73,38 +73,43 @@ void register_kernels(torch::Library& library) {
 
 }  // namespace
 
+// Windows and sinks came later than the rest and may be left out, as earlier callers do.
 TORCH_LIBRARY(proxyattn, library) {
   library.def(
       "pool_heads(Tensor q, Tensor k, int num_proxy_heads, int stride, str pooling) "
       "-> (Tensor q_proxy, Tensor k_proxy)");
   library.def(
       "score_blocks(Tensor q_proxy, Tensor k_proxy, SymInt q_len, SymInt kv_len, int stride, "
-      "int block_size, bool causal, float? scale, bool with_mass) -> (Tensor peak, Tensor mass)");
+      "int block_size, bool causal, float? scale, bool with_mass, int? window=None) "
+      "-> (Tensor peak, Tensor mass)");
   library.def(
       "estimate_budgets(Tensor q, Tensor k, float gamma, int block_size, bool causal, "
-      "float? scale) -> Tensor budgets");
+      "float? scale, int? window=None) -> Tensor budgets");
   library.def(
       "estimate_shares(Tensor q, Tensor k, int block_size, bool causal, float? scale, "
-      "int num_sink_blocks, int num_local_blocks) -> Tensor shares");
+      "int num_sink_blocks, int num_local_blocks, int? window=None) -> Tensor shares");
   library.def(
       "select_blocks(Tensor peak, Tensor? mass, Tensor needs, SymInt q_len, SymInt kv_len, "
       "int num_heads, int block_size, bool causal, str budget_mode, float gamma, int min_budget, "
-      "int num_sink_blocks, int num_local_blocks) -> (Tensor indices, Tensor counts)");
+      "int num_sink_blocks, int num_local_blocks, int? window=None) "
+      "-> (Tensor indices, Tensor counts)");
   library.def(
       "_check_block_lists(Tensor indices, Tensor counts, int kv_len, int block_size) -> ()");
   library.def(
       "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, "
-      "int block_size, bool causal, float? scale, bool return_lse) -> (Tensor out, Tensor lse)");
+      "int block_size, bool causal, float? scale, bool return_lse, int? window=None, "
+      "Tensor? sink_logits=None) -> (Tensor out, Tensor lse)");
   library.def(
       "choose_blocks(Tensor q, Tensor k, bool causal, float? scale, float gamma, int stride, "
       "str pooling, int block_size, int num_proxy_heads, str budget_mode, int min_budget, "
-      "int num_sink_blocks, int num_local_blocks, Tensor? shares, int? max_workspace_bytes) "
-      "-> (Tensor indices, Tensor counts)");
+      "int num_sink_blocks, int num_local_blocks, Tensor? shares, int? max_workspace_bytes, "
+      "int? window=None) -> (Tensor indices, Tensor counts)");
   library.def(
       "proxy_attention(Tensor q, Tensor k, Tensor v, bool causal, float? scale, float gamma, "
       "int stride, str pooling, int block_size, int num_proxy_heads, str budget_mode, "
       "int min_budget, int num_sink_blocks, int num_local_blocks, Tensor? shares, "
-      "bool return_lse, int? max_workspace_bytes) -> (Tensor out, Tensor lse)");
+      "bool return_lse, int? max_workspace_bytes, int? window=None, Tensor? sink_logits=None) "
+      "-> (Tensor out, Tensor lse)");
   library.def(
       "_check_sequences(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
       "int max_seqlen_q, int max_seqlen_k, Tensor? block_table, Tensor? seqused_k) -> ()");
@@ -114,13 +119,14 @@ TORCH_LIBRARY(proxyattn, library) {
       "block_sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
       "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor indices, "
       "Tensor counts, Tensor? block_table, Tensor? seqused_k, int block_size, bool causal, "
-      "float? scale, bool return_lse, Tensor(a!)? out) -> (Tensor out, Tensor lse)");
+      "float? scale, bool return_lse, Tensor(a!)? out, int? window=None, Tensor? sink_logits=None) "
+      "-> (Tensor out, Tensor lse)");
   library.def(
       "choose_blocks_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
       "bool causal, float? scale, float gamma, int stride, str pooling, int block_size, "
       "int num_proxy_heads, str budget_mode, int min_budget, int num_sink_blocks, "
-      "int num_local_blocks, Tensor? shares, int? max_workspace_bytes) "
+      "int num_local_blocks, Tensor? shares, int? max_workspace_bytes, int? window=None) "
       "-> (Tensor indices, Tensor counts)");
   library.def(
       "proxy_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
@@ -128,7 +134,7 @@ TORCH_LIBRARY(proxyattn, library) {
       "Tensor? seqused_k, bool causal, float? scale, float gamma, int stride, str pooling, "
       "int block_size, int num_proxy_heads, str budget_mode, int min_budget, int num_sink_blocks, "
       "int num_local_blocks, Tensor? shares, bool return_lse, int? max_workspace_bytes, "
-      "Tensor(a!)? out) -> (Tensor out, Tensor lse)");
+      "Tensor(a!)? out, int? window=None, Tensor? sink_logits=None) -> (Tensor out, Tensor lse)");
 }
 
 TORCH_LIBRARY_IMPL(proxyattn, CPU, library) {

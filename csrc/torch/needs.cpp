@@ -16,7 +16,8 @@ NeedParams need_params(const char* op,
                        const at::Tensor& k,
                        int64_t block_size,
                        bool causal,
-                       std::optional<double> scale) {
+                       std::optional<double> scale,
+                       std::optional<int64_t> window) {
   check_qk(op, q, k, causal);
   NeedParams params{};
   params.batch = q.size(0);
@@ -34,6 +35,7 @@ NeedParams need_params(const char* op,
   params.k = k.const_data_ptr();
   params.scale = scale_or_default(scale, params.head_dim);
   params.causal = causal;
+  params.window = window_or_all(op, window);
   params.dtype = dtype_of(q);
   return params;
 }
@@ -66,8 +68,9 @@ at::Tensor estimate_budgets(const at::Tensor& q,
                             double gamma,
                             int64_t block_size,
                             bool causal,
-                            std::optional<double> scale) {
-  NeedParams params = need_params("estimate_budgets", q, k, block_size, causal, scale);
+                            std::optional<double> scale,
+                            std::optional<int64_t> window) {
+  NeedParams params = need_params("estimate_budgets", q, k, block_size, causal, scale, window);
   params.mode = BudgetMode::kLastBlock;
   params.gamma = gamma;
   return estimate(params, q);
@@ -79,8 +82,9 @@ at::Tensor estimate_shares(const at::Tensor& q,
                            bool causal,
                            std::optional<double> scale,
                            int64_t num_sink_blocks,
-                           int64_t num_local_blocks) {
-  NeedParams params = need_params("estimate_shares", q, k, block_size, causal, scale);
+                           int64_t num_local_blocks,
+                           std::optional<int64_t> window) {
+  NeedParams params = need_params("estimate_shares", q, k, block_size, causal, scale, window);
   params.mode = BudgetMode::kTopP;
   params.num_sink_blocks = num_sink_blocks;
   params.num_local_blocks = num_local_blocks;

@@ -25,14 +25,16 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
                         int64_t block_size,
                         bool causal,
                         std::optional<double> scale,
-                        bool with_mass);
+                        bool with_mass,
+                        std::optional<int64_t> window);
 
 at::Tensor estimate_budgets(const at::Tensor& q,
                             const at::Tensor& k,
                             double gamma,
                             int64_t block_size,
                             bool causal,
-                            std::optional<double> scale);
+                            std::optional<double> scale,
+                            std::optional<int64_t> window);
 
 at::Tensor estimate_shares(const at::Tensor& q,
                            const at::Tensor& k,
@@ -40,7 +42,8 @@ at::Tensor estimate_shares(const at::Tensor& q,
                            bool causal,
                            std::optional<double> scale,
                            int64_t num_sink_blocks,
-                           int64_t num_local_blocks);
+                           int64_t num_local_blocks,
+                           std::optional<int64_t> window);
 
 TensorPair select_blocks(const at::Tensor& peak,
                          const std::optional<at::Tensor>& mass,
@@ -54,7 +57,8 @@ TensorPair select_blocks(const at::Tensor& peak,
                          double gamma,
                          int64_t min_budget,
                          int64_t num_sink_blocks,
-                         int64_t num_local_blocks);
+                         int64_t num_local_blocks,
+                         std::optional<int64_t> window);
 
 // What PROXYATTN_CHECK asks every call of block_sparse_attention for, see device_checks.h.
 void check_block_lists(const at::Tensor& indices,
@@ -70,7 +74,9 @@ TensorPair block_sparse_attention(const at::Tensor& q,
                                   int64_t block_size,
                                   bool causal,
                                   std::optional<double> scale,
-                                  bool return_lse);
+                                  bool return_lse,
+                                  std::optional<int64_t> window,
+                                  const std::optional<at::Tensor>& sink_logits);
 
 TensorPair choose_blocks(const at::Tensor& q,
                          const at::Tensor& k,
@@ -86,7 +92,8 @@ TensorPair choose_blocks(const at::Tensor& q,
                          int64_t num_sink_blocks,
                          int64_t num_local_blocks,
                          const std::optional<at::Tensor>& shares,
-                         std::optional<int64_t> max_workspace_bytes);
+                         std::optional<int64_t> max_workspace_bytes,
+                         std::optional<int64_t> window);
 
 TensorPair proxy_attention(const at::Tensor& q,
                            const at::Tensor& k,
@@ -104,7 +111,9 @@ TensorPair proxy_attention(const at::Tensor& q,
                            int64_t num_local_blocks,
                            const std::optional<at::Tensor>& shares,
                            bool return_lse,
-                           std::optional<int64_t> max_workspace_bytes);
+                           std::optional<int64_t> max_workspace_bytes,
+                           std::optional<int64_t> window,
+                           const std::optional<at::Tensor>& sink_logits);
 
 // What PROXYATTN_CHECK asks the calls below for, see device_checks.h.
 void check_sequences(const at::Tensor& q,
@@ -131,7 +140,9 @@ TensorPair block_sparse_attention_varlen(const at::Tensor& q,
                                          bool causal,
                                          std::optional<double> scale,
                                          bool return_lse,
-                                         const std::optional<at::Tensor>& out);
+                                         const std::optional<at::Tensor>& out,
+                                         std::optional<int64_t> window,
+                                         const std::optional<at::Tensor>& sink_logits);
 
 TensorPair choose_blocks_varlen(const at::Tensor& q,
                                 const at::Tensor& k,
@@ -153,7 +164,8 @@ TensorPair choose_blocks_varlen(const at::Tensor& q,
                                 int64_t num_sink_blocks,
                                 int64_t num_local_blocks,
                                 const std::optional<at::Tensor>& shares,
-                                std::optional<int64_t> max_workspace_bytes);
+                                std::optional<int64_t> max_workspace_bytes,
+                                std::optional<int64_t> window);
 
 TensorPair proxy_attention_varlen(const at::Tensor& q,
                                   const at::Tensor& k,
@@ -178,6 +190,8 @@ TensorPair proxy_attention_varlen(const at::Tensor& q,
                                   const std::optional<at::Tensor>& shares,
                                   bool return_lse,
                                   std::optional<int64_t> max_workspace_bytes,
-                                  const std::optional<at::Tensor>& out);
+                                  const std::optional<at::Tensor>& out,
+                                  std::optional<int64_t> window,
+                                  const std::optional<at::Tensor>& sink_logits);
 
 }  // namespace proxyattn::binding

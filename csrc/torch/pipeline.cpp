@@ -51,7 +51,8 @@ TensorPair choose_blocks(const at::Tensor& q,
                          int64_t num_sink_blocks,
                          int64_t num_local_blocks,
                          const std::optional<at::Tensor>& shares,
-                         std::optional<int64_t> max_workspace_bytes) {
+                         std::optional<int64_t> max_workspace_bytes,
+                         std::optional<int64_t> window) {
   constexpr const char* kOp = "choose_blocks";
   check_qk(kOp, q, k, causal);
   Settings settings{causal,
@@ -66,7 +67,8 @@ TensorPair choose_blocks(const at::Tensor& q,
                     num_sink_blocks,
                     num_local_blocks,
                     shares,
-                    max_workspace_bytes};
+                    max_workspace_bytes,
+                    window};
   PipelineParams params = dense_params(kOp, q, k, settings);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
@@ -103,7 +105,9 @@ TensorPair proxy_attention(const at::Tensor& q,
                            int64_t num_local_blocks,
                            const std::optional<at::Tensor>& shares,
                            bool return_lse,
-                           std::optional<int64_t> max_workspace_bytes) {
+                           std::optional<int64_t> max_workspace_bytes,
+                           std::optional<int64_t> window,
+                           const std::optional<at::Tensor>& sink_logits) {
   constexpr const char* kOp = "proxy_attention";
   check_qkv(kOp, q, k, v, causal);
   Settings settings{causal,
@@ -118,7 +122,8 @@ TensorPair proxy_attention(const at::Tensor& q,
                     num_sink_blocks,
                     num_local_blocks,
                     shares,
-                    max_workspace_bytes};
+                    max_workspace_bytes,
+                    window};
   PipelineParams params = dense_params(kOp, q, k, settings);
   const Backend& backend = backend_of(kOp, q);
   const c10::DeviceGuard guard(q.device());
@@ -132,6 +137,8 @@ TensorPair proxy_attention(const at::Tensor& q,
   params.v_strides = strides_of(v);
   params.out_strides = strides_of(out);
   params.v = v.const_data_ptr();
+  const at::Tensor sinks = sink_logits_of(kOp, sink_logits, params.q_heads, q);
+  params.sink_logits = pointer_to(sinks);
   params.out = out.mutable_data_ptr();
   params.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
   params.lse_pitch = params.q_len;

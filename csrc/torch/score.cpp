@@ -17,7 +17,8 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
                         int64_t block_size,
                         bool causal,
                         std::optional<double> scale,
-                        bool with_mass) {
+                        bool with_mass,
+                        std::optional<int64_t> window) {
   constexpr const char* kOp = "score_blocks";
   check_heads_tensor(kOp, "q_proxy", q_proxy);
   check_heads_tensor(kOp, "k_proxy", k_proxy);
@@ -36,6 +37,7 @@ TensorPair score_blocks(const at::Tensor& q_proxy,
   params.q_offset = kv_len - q_len;
   params.scale = scale_or_default(scale, params.head_dim);
   params.causal = causal;
+  params.window = window_or_all(kOp, window);
   params.dtype = dtype_of(q_proxy);
   validate_score(params);
   validate_aligned_lengths(kOp, q_len, kv_len, causal);

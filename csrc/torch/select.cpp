@@ -21,7 +21,8 @@ TensorPair select_blocks(const at::Tensor& peak,
                          double gamma,
                          int64_t min_budget,
                          int64_t num_sink_blocks,
-                         int64_t num_local_blocks) {
+                         int64_t num_local_blocks,
+                         std::optional<int64_t> window) {
   constexpr const char* kOp = "select_blocks";
   check_rank(kOp, "peak", peak, 4);
   check_dtype(kOp, "peak", peak, at::kFloat);
@@ -41,6 +42,7 @@ TensorPair select_blocks(const at::Tensor& peak,
   params.gamma = gamma;
   params.budget_mode = budget_mode_of(kOp, budget_mode);
   params.causal = causal;
+  params.window = window_or_all(kOp, window);
   validate_select(params);
   validate_aligned_lengths(kOp, q_len, kv_len, causal);
 

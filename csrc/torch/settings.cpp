@@ -30,6 +30,7 @@ void apply_settings(const char* op,
   params.pooling = pooling_of(op, settings.pooling);
   params.budget_mode = budget_mode_of(op, settings.budget_mode);
   params.causal = settings.causal;
+  params.window = window_or_all(op, settings.window);
   validate_pipeline(params, op);
 }
 

@@ -24,6 +24,7 @@ struct Settings {
   int64_t num_local_blocks;
   std::optional<at::Tensor> shares;
   std::optional<int64_t> max_workspace_bytes;
+  std::optional<int64_t> window;
 };
 
 // Checks them and fills them in, given params that hold everything about q and k. The params point

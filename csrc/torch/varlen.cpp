@@ -29,7 +29,9 @@ TensorPair block_sparse_attention_varlen(const at::Tensor& q,
                                          bool causal,
                                          std::optional<double> scale,
                                          bool return_lse,
-                                         const std::optional<at::Tensor>& out) {
+                                         const std::optional<at::Tensor>& out,
+                                         std::optional<int64_t> window,
+                                         const std::optional<at::Tensor>& sink_logits) {
   constexpr const char* kOp = "block_sparse_attention_varlen";
   const PackedInputs inputs(kOp, q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k);
   inputs.check_values(v);
@@ -42,6 +44,7 @@ TensorPair block_sparse_attention_varlen(const at::Tensor& q,
   params.kv_block = block_size;
   params.scale = scale_or_default(scale, params.head_dim);
   params.causal = causal;
+  params.window = window_or_all(kOp, window);
   validate_attention(params, kOp);
 
   const int64_t num_rows = max_packed_blocks(params.packed, params.batch, block_size);
@@ -64,6 +67,8 @@ TensorPair block_sparse_attention_varlen(const at::Tensor& q,
   params.rows = params.list_rows = {0, num_rows};
   params.v_strides = packed_strides(v);
   params.v = v.const_data_ptr();
+  const at::Tensor sinks = sink_logits_of(kOp, sink_logits, params.q_heads, q);
+  params.sink_logits = pointer_to(sinks);
   params.indices = lists.const_data_ptr<int32_t>();
   params.counts = list_counts.const_data_ptr<int32_t>();
   params.workspace_bytes = backend.block_sparse_attention_workspace_bytes(params);
@@ -93,7 +98,8 @@ TensorPair choose_blocks_varlen(const at::Tensor& q,
                                 int64_t num_sink_blocks,
                                 int64_t num_local_blocks,
                                 const std::optional<at::Tensor>& shares,
-                                std::optional<int64_t> max_workspace_bytes) {
+                                std::optional<int64_t> max_workspace_bytes,
+                                std::optional<int64_t> window) {
   constexpr const char* kOp = "choose_blocks_varlen";
   const PackedInputs inputs(kOp, q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k);
   PipelineParams params{};
@@ -110,7 +116,8 @@ TensorPair choose_blocks_varlen(const at::Tensor& q,
                     num_sink_blocks,
                     num_local_blocks,
                     shares,
-                    max_workspace_bytes};
+                    max_workspace_bytes,
+                    window};
   apply_settings(kOp, settings, q, params);
   if (wants_checks()) {
     check_lengths(kOp, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
@@ -159,7 +166,9 @@ TensorPair proxy_attention_varlen(const at::Tensor& q,
                                   const std::optional<at::Tensor>& shares,
                                   bool return_lse,
                                   std::optional<int64_t> max_workspace_bytes,
-                                  const std::optional<at::Tensor>& out) {
+                                  const std::optional<at::Tensor>& out,
+                                  std::optional<int64_t> window,
+                                  const std::optional<at::Tensor>& sink_logits) {
   constexpr const char* kOp = "proxy_attention_varlen";
   const PackedInputs inputs(kOp, q, k, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k);
   inputs.check_values(v);
@@ -177,7 +186,8 @@ TensorPair proxy_attention_varlen(const at::Tensor& q,
                     num_sink_blocks,
                     num_local_blocks,
                     shares,
-                    max_workspace_bytes};
+                    max_workspace_bytes,
+                    window};
   apply_settings(kOp, settings, q, params);
   if (wants_checks()) {
     check_lengths(kOp, q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
@@ -191,6 +201,8 @@ TensorPair proxy_attention_varlen(const at::Tensor& q,
   outputs.fill(params);
   params.v_strides = packed_strides(v);
   params.v = v.const_data_ptr();
+  const at::Tensor sinks = sink_logits_of(kOp, sink_logits, params.q_heads, q);
+  params.sink_logits = pointer_to(sinks);
   params.workspace_bytes = backend.proxy_attention_workspace_bytes(params);
   const at::Tensor workspace = make_workspace(q, params.workspace_bytes);
   params.workspace = workspace.mutable_data_ptr();

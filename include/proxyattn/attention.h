@@ -20,6 +20,7 @@ struct AttentionParams {
   int64_t q_block;
   int64_t kv_block;
   int64_t q_offset;      // position of query 0
+  int64_t window;        // keys that a query sees, its own the last; 0: all up to its own
   BlockRange rows;       // query blocks to attend; the others' outputs stay untouched
   BlockRange list_rows;  // query blocks that indices and counts hold; includes `rows`
   int64_t lse_pitch;     // queries that lse holds of a head: q_len, or all packed ones
@@ -29,15 +30,16 @@ struct AttentionParams {
   TokenStrides v_strides;
   TokenStrides out_strides;
 
-  const void* q;           // [batch, q_len, q_heads, head_dim]
-  const void* k;           // [batch, kv_len, kv_heads, head_dim]
-  const void* v;           // [batch, kv_len, kv_heads, head_dim]
-  const int32_t* indices;  // [batch, list_heads, list_rows, list_capacity]; null: all visible
-  const int32_t* counts;   // [batch, q_heads, list_rows]; null if and only if indices is
-  void* out;               // [batch, q_len, q_heads, head_dim]
-  float* lse;              // [batch, q_heads, lse_pitch], natural log; null: not wanted
-  void* workspace;         // block_sparse_attention_workspace_bytes(params); null when that is 0
-  PackedSequences packed;  // without q_starts: a batch
+  const void* q;             // [batch, q_len, q_heads, head_dim]
+  const void* k;             // [batch, kv_len, kv_heads, head_dim]
+  const void* v;             // [batch, kv_len, kv_heads, head_dim]
+  const int32_t* indices;    // [batch, list_heads, list_rows, list_capacity]; null: all visible
+  const int32_t* counts;     // [batch, q_heads, list_rows]; null if and only if indices is
+  const float* sink_logits;  // [q_heads], of a column without a value in each row; null: none
+  void* out;                 // [batch, q_len, q_heads, head_dim]
+  float* lse;                // [batch, q_heads, lse_pitch], natural log; null: not wanted
+  void* workspace;           // block_sparse_attention_workspace_bytes(params); null when that is 0
+  PackedSequences packed;    // without q_starts: a batch
 
   int64_t workspace_bytes;
   float scale;

@@ -19,6 +19,7 @@ struct NeedParams {
   int64_t q_block;  // the last min(q_block, q_len) queries are looked at
   int64_t kv_block;
   int64_t q_offset;          // position of query 0
+  int64_t window;            // keys that a query sees, its own the last; 0: all up to its own
   int64_t num_sink_blocks;   // shares: what is forced, as in SelectParams
   int64_t num_local_blocks;  // shares
 

@@ -21,6 +21,7 @@ struct PipelineParams {
   int64_t q_block;
   int64_t kv_block;
   int64_t q_offset;    // position of query 0
+  int64_t window;      // keys that a query sees, its own the last; 0: all up to its own
   int64_t min_budget;  // tokens
   int64_t num_sink_blocks;
   int64_t num_local_blocks;
@@ -36,10 +37,11 @@ struct PipelineParams {
   void* workspace;      // <op>_workspace_bytes(params) bytes; null when that is 0
 
   // proxy_attention
-  const void* v;      // [batch, kv_len, kv_heads, head_dim]
-  void* out;          // [batch, q_len, q_heads, head_dim]
-  float* lse;         // [batch, q_heads, lse_pitch], natural log; null: not wanted
-  int64_t lse_pitch;  // queries that lse holds of a head: q_len, or all packed ones
+  const void* v;             // [batch, kv_len, kv_heads, head_dim]
+  const float* sink_logits;  // [q_heads], of a column without a value in each row; null: none
+  void* out;                 // [batch, q_len, q_heads, head_dim]
+  float* lse;                // [batch, q_heads, lse_pitch], natural log; null: not wanted
+  int64_t lse_pitch;         // queries that lse holds of a head: q_len, or all packed ones
 
   // choose_blocks
   int32_t* indices;       // [batch, proxy_heads, list_rows, list_capacity], -1 past visible

@@ -19,6 +19,7 @@ struct ScoreParams {
   int64_t q_block;
   int64_t kv_block;
   int64_t q_offset;  // position of query 0; kv_len - q_len unless the caller knows better
+  int64_t window;    // tokens that a query sees, its own the last; 0: all up to its own
   BlockRange rows;   // query blocks to score
 
   TokenStrides q_proxy_strides;

@@ -17,6 +17,7 @@ struct SelectParams {
   int64_t q_block;
   int64_t kv_block;
   int64_t q_offset;    // position of query 0
+  int64_t window;      // keys that a query sees, its own the last; 0: all up to its own
   int64_t min_budget;  // tokens
   int64_t num_sink_blocks;
   int64_t num_local_blocks;

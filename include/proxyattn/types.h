@@ -33,6 +33,9 @@ struct BlockRange {
   int64_t end;
 };
 
+// A head_dim is a multiple of the step; each of those listed has kernels of its own on a GPU.
+inline constexpr int64_t kHeadDimStep = 8;
+inline constexpr int64_t kMaxHeadDim = 256;
 inline constexpr int64_t kHeadDims[] = {64, 128, 256};
 inline constexpr int64_t kBlockSizes[] = {64, 128};
 inline constexpr int64_t kStrides[] = {1, 2, 4, 8};

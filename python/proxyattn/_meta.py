@@ -33,7 +33,7 @@ def _(q, k, num_proxy_heads, stride, pooling):
 
 
 @register_fake("proxyattn::score_blocks")
-def _(q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale, with_mass):
+def _(q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale, with_mass, window=None):
     _check_devices("score_blocks", q_proxy=q_proxy, k_proxy=k_proxy)
     batch, _, groups, _ = q_proxy.shape
     shape = (batch, groups, _ceil_div(q_len, block_size), _ceil_div(kv_len, block_size))
@@ -67,14 +67,43 @@ def _attention_outputs(q, return_lse):
 
 
 @register_fake("proxyattn::block_sparse_attention")
-def _(q, k, v, indices, counts, block_size, causal, scale, return_lse):
-    _check_devices("block_sparse_attention", q=q, k=k, v=v, indices=indices, counts=counts)
+def _(
+    q,
+    k,
+    v,
+    indices,
+    counts,
+    block_size,
+    causal,
+    scale,
+    return_lse,
+    window=None,
+    sink_logits=None,
+):
+    given = {"k": k, "v": v, "indices": indices, "counts": counts, "sink_logits": sink_logits}
+    _check_devices("block_sparse_attention", q=q, **given)
     return _attention_outputs(q, return_lse)
 
 
 @register_fake("proxyattn::choose_blocks")
-def _(q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, *settings):
-    _check_devices("choose_blocks", q=q, k=k, shares=settings[-2])
+def _(
+    q,
+    k,
+    causal,
+    scale,
+    gamma,
+    stride,
+    pooling,
+    block_size,
+    num_proxy_heads,
+    budget_mode,
+    min_budget,
+    num_sink_blocks,
+    num_local_blocks,
+    shares,
+    *settings,
+):
+    _check_devices("choose_blocks", q=q, k=k, shares=shares)
     batch, q_len, q_heads, _ = q.shape
     rows = _ceil_div(q_len, block_size)
     blocks = _ceil_div(k.shape[1], block_size)
@@ -83,9 +112,28 @@ def _(q, k, causal, scale, gamma, stride, pooling, block_size, num_proxy_heads, 
 
 
 @register_fake("proxyattn::proxy_attention")
-def _(q, k, v, *settings):
-    *_, shares, return_lse, _max_workspace_bytes = settings
-    _check_devices("proxy_attention", q=q, k=k, v=v, shares=shares)
+def _(
+    q,
+    k,
+    v,
+    causal,
+    scale,
+    gamma,
+    stride,
+    pooling,
+    block_size,
+    num_proxy_heads,
+    budget_mode,
+    min_budget,
+    num_sink_blocks,
+    num_local_blocks,
+    shares,
+    return_lse,
+    max_workspace_bytes,
+    window=None,
+    sink_logits=None,
+):
+    _check_devices("proxy_attention", q=q, k=k, v=v, shares=shares, sink_logits=sink_logits)
     return _attention_outputs(q, return_lse)
 
 
@@ -126,10 +174,12 @@ def _(
     scale,
     return_lse,
     out,
+    window=None,
+    sink_logits=None,
 ):
     places = (cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
-    lists = {"indices": indices, "counts": counts}
-    _check_packed_devices("block_sparse_attention_varlen", q, k, v, *places, **lists, out=out)
+    others = {"indices": indices, "counts": counts, "out": out, "sink_logits": sink_logits}
+    _check_packed_devices("block_sparse_attention_varlen", q, k, v, *places, **others)
     return _packed_outputs(q, return_lse, out)
 
 
@@ -150,10 +200,15 @@ def _(
     pooling,
     block_size,
     num_proxy_heads,
+    budget_mode,
+    min_budget,
+    num_sink_blocks,
+    num_local_blocks,
+    shares,
     *settings,
 ):
     places = (cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
-    _check_packed_devices("choose_blocks_varlen", q, k, None, *places, shares=settings[-2])
+    _check_packed_devices("choose_blocks_varlen", q, k, None, *places, shares=shares)
     rows = _packed_rows(q, cu_seqlens_q, block_size)
     blocks = _ceil_div(max_seqlen_k, block_size)
     counts = q.new_empty(q.shape[1], rows, dtype=torch.int32)
@@ -171,9 +226,25 @@ def _(
     max_seqlen_k,
     block_table,
     seqused_k,
-    *settings,
+    causal,
+    scale,
+    gamma,
+    stride,
+    pooling,
+    block_size,
+    num_proxy_heads,
+    budget_mode,
+    min_budget,
+    num_sink_blocks,
+    num_local_blocks,
+    shares,
+    return_lse,
+    max_workspace_bytes,
+    out,
+    window=None,
+    sink_logits=None,
 ):
-    *_, shares, return_lse, _max_workspace_bytes, out = settings
     places = (cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
-    _check_packed_devices("proxy_attention_varlen", q, k, v, *places, shares=shares, out=out)
+    others = {"shares": shares, "out": out, "sink_logits": sink_logits}
+    _check_packed_devices("proxy_attention_varlen", q, k, v, *places, **others)
     return _packed_outputs(q, return_lse, out)

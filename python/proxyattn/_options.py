@@ -49,7 +49,10 @@ def main_parser() -> argparse.ArgumentParser:
     layer.add_argument("--heads", type=int, help=f"query heads ({_by_device('heads')})")
     layer.add_argument("--kv-heads", type=int, help=f"key/value heads ({_by_device('kv_heads')})")
     layer.add_argument(
-        "--head-dim", type=int, default=128, help="64, 128 or 256 (default: %(default)s)"
+        "--head-dim",
+        type=int,
+        default=128,
+        help="64, 128 or 256; on CPUs multiples of 8 too (default: %(default)s)",
     )
     layer.add_argument(
         "--seed", type=int, default=0, help="of the made-up layer (default: %(default)s)"

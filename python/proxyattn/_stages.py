@@ -56,6 +56,7 @@ def run_stages(
     v: Tensor,
     settings: Settings,
     scale: float | None = None,
+    sink_logits: Tensor | None = None,
     timed: Callable[[str], AbstractContextManager] = _untimed,
 ) -> StageOutputs:
     """Causal proxy_attention stage by stage.
@@ -66,6 +67,7 @@ def run_stages(
         v: ``[B, N, Hkv, D]``.
         settings: as for proxy_attention.
         scale: factor of the logits, 1 / sqrt(D) by default.
+        sink_logits: as for proxy_attention.
         timed: gives the context that each stage runs in, from the name of its function.
     """
     (q_len, q_heads), kv_len = q.shape[1:3], k.shape[1]
@@ -106,7 +108,9 @@ def run_stages(
             **forced,
         )
     with timed("block_sparse_attention"):
-        out, _ = ops.block_sparse_attention(q, k, v, indices, counts, **logits)
+        out, _ = ops.block_sparse_attention(
+            q, k, v, indices, counts, **logits, sink_logits=sink_logits
+        )
     outputs = StageOutputs(out, indices, counts, needs)
     if not torch.compiler.is_compiling():  # which can't read context variables
         for observer in _observers.get():

@@ -1,8 +1,9 @@
 """The public functions: the ops of ``torch.ops.proxyattn`` with defaults and documentation.
 
 Tensors are ``q [B, M, Hq, D]`` and ``k, v [B, N, Hkv, D]`` with the last dimension contiguous and
-any other strides; Hkv divides Hq; D is 64, 128 or 256. bfloat16 and float16 everywhere, float32 on
-CPUs too. Causal attention is aligned bottom-right: query i stands at position N - M + i.
+any other strides; Hkv divides Hq; D is 64, 128 or 256, on CPUs any multiple of 8 up to 256.
+bfloat16 and float16 everywhere, float32 on CPUs too. Causal attention is aligned bottom-right:
+query i stands at position N - M + i.
 
 All functions raise ValueError for a wrong value or shape, TypeError for a wrong dtype or device,
 RuntimeError if CUDA fails, if an input requires grad while grad mode is on, or if one carries a
@@ -96,6 +97,7 @@ def score_blocks(
     causal: bool = True,
     scale: float | None = None,
     with_mass: bool = False,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores every key block for every query block by the proxy heads' attention.
 
@@ -112,6 +114,9 @@ def score_blocks(
         causal: mask keys behind the query, bottom-right aligned; needs ``q_len <= kv_len``.
         scale: factor of the logits, 1 / sqrt(D) by default.
         with_mass: compute mass too, which ``budget_mode="top_p"`` needs.
+        window: as in :func:`block_sparse_attention`. Of each query block the key blocks that hold
+            no key which one of its queries sees don't exist here; those at the window's edge count
+            whole.
 
     Returns:
         ``peak`` fp32 ``[B, g, ceil(M / block_size), ceil(N / block_size)]``, the largest natural
@@ -120,7 +125,7 @@ def score_blocks(
         an empty tensor of shape ``[0]`` unless asked for.
     """
     return torch.ops.proxyattn.score_blocks(
-        q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale, with_mass
+        q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale, with_mass, window
     )
 
 
@@ -131,6 +136,7 @@ def estimate_budgets(
     block_size: int = DEFAULT_BLOCK_SIZE,
     causal: bool = True,
     scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Counts the key blocks that hold a share gamma of each head's attention in its last queries.
 
@@ -143,11 +149,12 @@ def estimate_budgets(
         block_size: 64 or 128 tokens.
         causal: mask keys behind the query, bottom-right aligned.
         scale: factor of the logits, 1 / sqrt(D) by default.
+        window: as in :func:`score_blocks`.
 
     Returns:
         int32 ``[B, Hq]``, between 1 and ``ceil(N / block_size)``; 0 when M or N is 0.
     """
-    return torch.ops.proxyattn.estimate_budgets(q, k, gamma, block_size, causal, scale)
+    return torch.ops.proxyattn.estimate_budgets(q, k, gamma, block_size, causal, scale, window)
 
 
 def estimate_shares(
@@ -158,6 +165,7 @@ def estimate_shares(
     scale: float | None = None,
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
+    window: int | None = None,
 ) -> Tensor:
     """Says how much of each head's attention in its last queries the forced blocks hold.
 
@@ -173,12 +181,13 @@ def estimate_shares(
         num_sink_blocks: first key blocks that are always taken.
         num_local_blocks: key blocks at the queries' own positions and before them that are always
             taken; causal only.
+        window: as in :func:`score_blocks`; sink blocks that it hides are not taken.
 
     Returns:
         fp32 ``[B, Hq]``, between 0 and 1; NaN when M or N is 0, or where the head's attention is.
     """
     return torch.ops.proxyattn.estimate_shares(
-        q, k, block_size, causal, scale, num_sink_blocks, num_local_blocks
+        q, k, block_size, causal, scale, num_sink_blocks, num_local_blocks, window
     )
 
 
@@ -196,6 +205,7 @@ def select_blocks(
     min_budget: int | None = None,
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Ranks the visible key blocks of every query block and says how many each head takes.
 
@@ -221,6 +231,8 @@ def select_blocks(
         num_sink_blocks: first key blocks that are always taken.
         num_local_blocks: key blocks at the query block's own position and before it that are
             always taken; causal only.
+        window: as the scores were computed. Visible blocks are then those that hold a key which one
+            of the queries sees, and of the sink blocks those among them are taken.
 
     Returns:
         ``indices`` int32 ``[B, g, Mb, Nb]``, the ranking, forced blocks first, -1 after the last
@@ -241,6 +253,7 @@ def select_blocks(
         _default_of(DEFAULT_MIN_BUDGET, min_budget, budget_mode),
         num_sink_blocks,
         num_local_blocks,
+        window,
     )
 
 
@@ -254,6 +267,8 @@ def block_sparse_attention(
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of each query over the key blocks listed for its query block and head.
 
@@ -273,13 +288,18 @@ def block_sparse_attention(
         causal: mask keys behind the query inside the blocks, bottom-right aligned.
         scale: factor of the logits, 1 / sqrt(D) by default.
         return_lse: compute the log-sum-exp too.
+        window: at least 1, causal only: a query sees so many keys, the last at its own position, as
+            transformers' ``sliding_window`` has it. None: all up to there.
+        sink_logits: fp32 ``[Hq]``, the logit of a column without a value that joins each row's
+            softmax, gpt-oss's ``s_aux``; ``scale`` is not applied to it. None: none.
 
     Returns:
         ``out [B, M, Hq, D]`` in the dtype of q, and ``lse`` fp32 ``[B, Hq, M]``, natural log, or an
-        empty tensor of shape ``[0]`` unless asked for. A query that sees nothing gets 0 and -inf.
+        empty tensor of shape ``[0]`` unless asked for; it includes the sink. A query that sees
+        nothing gets 0, and -inf or its head's sink logit.
     """
     return torch.ops.proxyattn.block_sparse_attention(
-        q, k, v, indices, counts, block_size, causal, scale, return_lse
+        q, k, v, indices, counts, block_size, causal, scale, return_lse, window, sink_logits
     )
 
 
@@ -317,6 +337,7 @@ def choose_blocks(
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
     shares: Tensor | None = None,
+    window: int | None = None,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses the key blocks of a prompt: pools, scores, estimates and selects in one call.
@@ -349,6 +370,7 @@ def choose_blocks(
         num_local_blocks,
         shares,
         max_workspace_bytes,
+        window,
     )
 
 
@@ -369,6 +391,8 @@ def proxy_attention(
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
     shares: Tensor | None = None,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
     return_lse: bool = False,
     max_workspace_bytes: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -397,6 +421,11 @@ def proxy_attention(
             are estimated from this call. With shares given, what a query block reads depends on
             its own queries and the keys that it sees alone, so that the chunks of a prompt, cut at
             multiples of ``block_size``, read what the whole prompt would.
+        window: at least 1, causal only: a query sees so many keys, the last at its own position.
+            Blocks that the window hides don't exist for the estimate either; with ``gamma >= 1``
+            all that it touches are read, and no others. On a GPU that is all there is: with a
+            window blocks can't be chosen there yet.
+        sink_logits: fp32 ``[Hq]``, see :func:`block_sparse_attention`; the estimate goes without.
         return_lse: return the log-sum-exp too.
         max_workspace_bytes: cap on the scratch memory; long sequences are then worked through in
             pieces, with the same result bit for bit. None lets it choose.
@@ -423,5 +452,7 @@ def proxy_attention(
         shares,
         return_lse,
         max_workspace_bytes,
+        window,
+        sink_logits,
     )
     return (out, lse) if return_lse else out

@@ -95,6 +95,16 @@ class Settings:
             return self.min_budget
         return ops.DEFAULT_MIN_BUDGET[self.budget_mode]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
         """Causal :func:`proxyattn.proxy_attention` with these settings."""
-        return ops.proxy_attention(q, k, v, scale=scale, **asdict(self))
+        return ops.proxy_attention(
+            q, k, v, scale=scale, window=window, sink_logits=sink_logits, **asdict(self)
+        )

@@ -58,6 +58,8 @@ def block_sparse_attention_varlen(
     causal: bool = True,
     scale: float | None = None,
     return_lse: bool = False,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Exact attention of each query over the key blocks listed for its query block and head.
@@ -84,6 +86,7 @@ def block_sparse_attention_varlen(
         causal: mask keys behind the query, bottom-right aligned in each sequence.
         scale: factor of the logits, 1 / sqrt(D) by default.
         return_lse: compute the log-sum-exp too.
+        window, sink_logits: as in :func:`proxyattn.block_sparse_attention`.
         out: ``[T, Hq, D]`` in the dtype of q, apart from q, k and v: where to write. Rows of tokens
             that are in no sequence stay as they are.
 
@@ -109,6 +112,8 @@ def block_sparse_attention_varlen(
         scale,
         return_lse,
         out,
+        window,
+        sink_logits,
     )
     return result if out is None else out, lse
 
@@ -135,6 +140,7 @@ def choose_blocks_varlen(
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
     shares: Tensor | None = None,
+    window: int | None = None,
     max_workspace_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Chooses the key blocks of every sequence: pools, scores, estimates and selects in one call.
@@ -145,7 +151,7 @@ def choose_blocks_varlen(
         causal, scale, ..., num_local_blocks: as in :func:`proxyattn.proxy_attention`.
         shares: fp32 ``[S, Hq]``, of every sequence what :func:`proxyattn.estimate_shares` gives;
             ``"top_p"`` only. None: they are estimated from this call.
-        max_workspace_bytes: as in :func:`proxyattn.proxy_attention`.
+        window, max_workspace_bytes: as in :func:`proxyattn.proxy_attention`.
 
     Returns:
         What :func:`block_sparse_attention_varlen` takes: ``indices`` int32
@@ -175,6 +181,7 @@ def choose_blocks_varlen(
         num_local_blocks,
         shares,
         max_workspace_bytes,
+        window,
     )
 
 
@@ -201,6 +208,8 @@ def proxy_attention_varlen(
     num_sink_blocks: int = 1,
     num_local_blocks: int = 1,
     shares: Tensor | None = None,
+    window: int | None = None,
+    sink_logits: Tensor | None = None,
     return_lse: bool = False,
     max_workspace_bytes: int | None = None,
     out: Tensor | None = None,
@@ -214,6 +223,7 @@ def proxy_attention_varlen(
         shares: fp32 ``[S, Hq]``, of every sequence what :func:`proxyattn.estimate_shares` gives;
             ``"top_p"`` only. None: they are estimated from this call. With shares given, the chunks
             of a prompt, cut at multiples of ``block_size``, read what the whole prompt would.
+        window, sink_logits: as in :func:`proxyattn.proxy_attention`.
         return_lse: return the log-sum-exp too.
         max_workspace_bytes: as in :func:`proxyattn.proxy_attention`.
         out: as in :func:`block_sparse_attention_varlen`.
@@ -247,6 +257,8 @@ def proxy_attention_varlen(
         return_lse,
         max_workspace_bytes,
         out,
+        window,
+        sink_logits,
     )
     result = result if out is None else out
     return (result, lse) if return_lse else result

@@ -14,7 +14,9 @@ namespace {
 bool sees(const BlockGrid& grid, int64_t m, int64_t n) {
   for (int64_t i = m * grid.q_block; i < min_of((m + 1) * grid.q_block, grid.q_len); ++i) {
     for (int64_t j = n * grid.kv_block; j < min_of((n + 1) * grid.kv_block, grid.kv_len); ++j) {
-      if (!grid.causal || j <= grid.q_offset + i) return true;
+      const int64_t behind = grid.q_offset + i - j;
+      const bool in_window = grid.window == 0 || behind < grid.window;
+      if (!grid.causal || (behind >= 0 && in_window)) return true;
     }
   }
   return false;
@@ -26,7 +28,9 @@ void for_many_grids(const Check& check) {
     for (const int64_t kv_block : {2, 4}) {
       for (int64_t kv_len = 1; kv_len <= 13; ++kv_len) {
         for (int64_t q_len = 1; q_len <= kv_len; ++q_len) {
-          check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, true});
+          for (const int64_t window : {0, 1, 2, 3, 5, 20}) {
+            check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, true, window});
+          }
           check(BlockGrid{q_len, kv_len, q_block, kv_block, kv_len - q_len, false});
         }
       }
@@ -42,7 +46,9 @@ void for_all_offsets(const Check& check) {
       for (const int64_t kv_len : {0, 1, 4, 9}) {
         for (const int64_t q_len : {0, 1, 3, 8}) {
           for (int64_t q_offset = -20; q_offset <= 20; ++q_offset) {
-            check(BlockGrid{q_len, kv_len, q_block, kv_block, q_offset, true});
+            for (const int64_t window : {0, 1, 3, 6}) {
+              check(BlockGrid{q_len, kv_len, q_block, kv_block, q_offset, true, window});
+            }
           }
         }
       }
@@ -56,7 +62,7 @@ TEST(visible_blocks_are_those_with_a_visible_key) {
     CHECK_EQ(grid.num_kv_blocks(), (grid.kv_len + grid.kv_block - 1) / grid.kv_block);
     for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
       for (int64_t n = 0; n < grid.num_kv_blocks(); ++n) {
-        CHECK_EQ(n < grid.visible(m), sees(grid, m, n));
+        CHECK_EQ(grid.first_visible(m) <= n && n < grid.visible(m), sees(grid, m, n));
       }
     }
   });
@@ -67,17 +73,18 @@ TEST(forced_blocks_follow_the_text) {
     for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
       for (const int64_t num_sinks : {0, 1, 2, 100}) {
         for (const int64_t num_local : {0, 1, 2, 100}) {
+          const int64_t first = grid.first_visible(m);
           const int64_t visible = grid.visible(m);
           std::vector<int64_t> expected;
           if (grid.causal && num_local > 0) {
             // Down to the block of the query block's first position, then num_local - 1 more.
             const int64_t own = grid.first_position(m) / grid.kv_block;
-            for (int64_t n = visible - 1; n >= 0 && n >= own - (num_local - 1); --n) {
+            for (int64_t n = visible - 1; n >= first && n >= own - (num_local - 1); --n) {
               expected.push_back(n);
             }
           }
           const std::set<int64_t> local(expected.begin(), expected.end());
-          for (int64_t n = 0; n < min_of(num_sinks, visible); ++n) {
+          for (int64_t n = first; n < min_of(num_sinks, visible); ++n) {
             if (local.count(n) == 0) expected.push_back(n);
           }
           const ForcedBlocks forced(grid, m, num_sinks, num_local);
@@ -87,7 +94,7 @@ TEST(forced_blocks_follow_the_text) {
             CHECK_EQ(forced.rank_of(expected[rank]), static_cast<int64_t>(rank));
           }
           const std::set<int64_t> all(expected.begin(), expected.end());
-          for (int64_t n = 0; n < visible; ++n) {
+          for (int64_t n = first; n < visible; ++n) {
             if (all.count(n) == 0) CHECK_EQ(forced.rank_of(n), -1);
           }
         }
@@ -107,7 +114,9 @@ TEST(a_span_of_queries_is_treated_as_a_block) {
                          grid.q_block,
                          grid.kv_block,
                          last.first,
-                         grid.causal};
+                         grid.causal,
+                         grid.window};
+    CHECK_EQ(grid.first_visible(last), only.first_visible(0));
     CHECK_EQ(grid.visible(last), only.visible(0));
     for (const int64_t num_sinks : {0, 1, 100}) {
       for (const int64_t num_local : {0, 1, 2, 100}) {
@@ -148,9 +157,11 @@ TEST(no_keys_are_no_blocks) {
 TEST(visible_blocks_of_queries_anywhere) {
   for_all_offsets([](const BlockGrid& grid) {
     for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
-      CHECK(0 <= grid.visible(m) && grid.visible(m) <= grid.num_kv_blocks());
+      CHECK(0 <= grid.first_visible(m) && grid.first_visible(m) <= grid.visible(m));
+      CHECK(grid.visible(m) <= grid.num_kv_blocks());
+      CHECK(grid.num_visible(m) <= grid.most_visible());
       for (int64_t n = 0; n < grid.num_kv_blocks(); ++n) {
-        CHECK_EQ(n < grid.visible(m), sees(grid, m, n));
+        CHECK_EQ(grid.first_visible(m) <= n && n < grid.visible(m), sees(grid, m, n));
       }
     }
   });
@@ -170,6 +181,22 @@ TEST(queries_before_the_keys_by_hand) {
   CHECK_EQ((BlockGrid{64, 300, 64, 64, -63, true}.visible(0)), 1);
 }
 
+void check_bounds(const BlockGrid& grid, const std::vector<int64_t>& numbers) {
+  CHECK(grid.num_q_blocks() >= 0);
+  CHECK(grid.num_kv_blocks() >= 0);
+  for (const int64_t m : numbers) {
+    const int64_t first = grid.first_visible(m);
+    CHECK(0 <= first && first <= grid.visible(m) && grid.visible(m) <= grid.num_kv_blocks());
+    if (m < std::numeric_limits<int64_t>::max()) CHECK(grid.visible(m) <= grid.visible(m + 1));
+    if (0 <= m && m < grid.num_q_blocks() - 1) CHECK(first <= grid.first_visible(m + 1));
+    for (const int64_t count : numbers) {
+      const ForcedBlocks forced(grid, m, count, count);
+      CHECK(first <= forced.local_begin && forced.local_begin <= forced.visible);
+      CHECK(0 <= forced.num_sinks && first + forced.num_sinks <= forced.local_begin);
+    }
+  }
+}
+
 TEST(nothing_overflows_or_goes_negative) {
   constexpr int64_t kLeast = std::numeric_limits<int64_t>::min();
   constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
@@ -178,19 +205,50 @@ TEST(nothing_overflows_or_goes_negative) {
   for (const int64_t q_len : numbers) {
     for (const int64_t kv_len : numbers) {
       for (const int64_t q_offset : numbers) {
-        for (const bool causal : {false, true}) {
-          const BlockGrid grid{q_len, kv_len, 64, 128, q_offset, causal};
-          CHECK(grid.num_q_blocks() >= 0);
-          CHECK(grid.num_kv_blocks() >= 0);
-          for (const int64_t m : numbers) {
-            CHECK(0 <= grid.visible(m) && grid.visible(m) <= grid.num_kv_blocks());
-            if (m < kMost) CHECK(grid.visible(m) <= grid.visible(m + 1));
-            for (const int64_t count : numbers) {
-              const ForcedBlocks forced(grid, m, count, count);
-              CHECK(0 <= forced.local_begin && forced.local_begin <= forced.visible);
-              CHECK(0 <= forced.num_sinks && forced.num_sinks <= forced.local_begin);
-            }
-          }
+        for (const int64_t window : {int64_t{0}, int64_t{1}, int64_t{1000}, kMost}) {
+          check_bounds({q_len, kv_len, 64, 128, q_offset, true, window}, numbers);
+        }
+        check_bounds({q_len, kv_len, 64, 128, q_offset, false}, numbers);
+      }
+    }
+  }
+}
+
+TEST(a_window_by_hand) {
+  // Queries stand at positions 3 to 9 and see three keys each; key blocks of 4. Block 1's see keys
+  // 5 to 9, the last four queries 4 to 9.
+  const BlockGrid grid{7, 10, 4, 4, 3, true, 3};
+  CHECK_EQ(grid.first_visible(0), 0);
+  CHECK_EQ(grid.first_visible(1), 1);
+  CHECK_EQ(grid.visible(1), 3);
+  CHECK_EQ(grid.most_visible(), 3);
+  const ForcedBlocks forced(grid, 1, 2, 0);  // of the sink blocks 0 and 1 the first is not visible
+  CHECK_EQ(forced.count(), 1);
+  CHECK_EQ(forced.block_at(0), 1);
+  CHECK_EQ(forced.num_visible(), 2);
+  CHECK_EQ(grid.first_visible(grid.last_queries()), 1);
+}
+
+void check_same(const RowKeys<int32_t>& narrow, const RowKeys<int64_t>& wide) {
+  for (const int32_t row : {0, 1, 63, 127}) {
+    CHECK_EQ(int64_t{narrow.begin(row)}, wide.begin(row));
+    CHECK_EQ(int64_t{narrow.end(row)}, wide.end(row));
+  }
+}
+
+TEST(numbers_of_32_bits_say_the_same) {
+  constexpr int64_t kFar = (int64_t{1} << 31) - 1024;
+  for (const bool causal : {false, true}) {
+    for (const int64_t window : {int64_t{0}, int64_t{1}, int64_t{100}, kFar, int64_t{1} << 62}) {
+      for (const int64_t position :
+           {-kFar, int64_t{-70}, int64_t{0}, int64_t{150}, kFar / 2, kFar - 200}) {
+        for (const int64_t num_keys : {int64_t{0}, int64_t{1}, int64_t{200}, kFar}) {
+          const auto wide = Visibility<int64_t>(causal, window).rows(position, num_keys);
+          check_same(wide.narrow(), wide);
+          if (-kFar / 2 > position || position > kFar / 2) continue;
+          check_same(Visibility<int32_t>(causal, window)
+                         .rows(static_cast<int32_t>(position), static_cast<int32_t>(num_keys)),
+                     wide);
         }
       }
     }

@@ -5,25 +5,39 @@ import numpy as np
 from reference.grid import ceil_div, positions, visible_pairs
 
 
-def _attend(q, k, v, scale, seen):
-    """q [r, D], k, v [n, D], seen [r, n] -> out [r, D], lse [r]."""
-    if not seen.any():
-        return np.zeros_like(q), np.full(len(q), -np.inf)
+def _attend(q, k, v, scale, seen, sink=-np.inf):
+    """q [r, D], k, v [n, D], seen [r, n] -> out [r, D], lse [r]. A sink is one more key, of this
+    logit in each row, whose value is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         logits = np.where(seen, scale * q @ k.T, -np.inf)
+        logits = np.append(logits, np.full((len(q), 1), sink), axis=1)
+        values = np.append(v, np.zeros((1, v.shape[1])), axis=0)
         top = logits.max(axis=1, keepdims=True)
         top = np.where(np.isneginf(top), 0.0, top)  # a row that sees nothing
         weights = np.exp(logits - top)
         total = weights.sum(axis=1, keepdims=True)
-        out = np.where(total == 0.0, 0.0, weights @ v / total)
+        out = np.where(total == 0.0, 0.0, weights @ values / total)
         return out, (top + np.log(total))[:, 0]
 
 
-def block_sparse_attention(q, k, v, indices, counts, block_size, causal, scale=None, rows=None):
+def block_sparse_attention(
+    q,
+    k,
+    v,
+    indices,
+    counts,
+    block_size,
+    causal,
+    scale=None,
+    rows=None,
+    window=None,
+    sink_logits=None,
+):
     """Returns out [B, M, Hq, D] and lse [B, Hq, M].
 
     `rows` lists the query blocks to work out, None means all; the others stay zero.
     """
+    sinks = np.full(q.shape[2], -np.inf) if sink_logits is None else sink_logits
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     heads_per_list = q_heads // indices.shape[1]
@@ -44,15 +58,16 @@ def block_sparse_attention(q, k, v, indices, counts, block_size, causal, scale=N
                     keys[in_lists],
                     values[in_lists],
                     scale,
-                    visible_pairs(at, in_lists, causal),
+                    visible_pairs(at, in_lists, causal, window),
+                    sinks[h],
                 )
     return out, lse
 
 
-def dense_attention(q, k, v, causal, scale=None):
+def dense_attention(q, k, v, causal, scale=None, **settings):
     """The same with every key block chosen."""
     batch, q_len, q_heads, _ = q.shape
     lists = np.zeros((batch, 1, 1, 1), dtype=np.int64)
     counts = np.ones((batch, q_heads, 1), dtype=np.int64)
     one_block = max(q_len, k.shape[1], 1)
-    return block_sparse_attention(q, k, v, lists, counts, one_block, causal, scale)
+    return block_sparse_attention(q, k, v, lists, counts, one_block, causal, scale, **settings)

@@ -2,18 +2,21 @@
 
 import numpy as np
 
-from reference.grid import ceil_div, forced_blocks, positions, visible_pairs
+from reference.grid import ceil_div, forced_blocks, positions, visible_blocks, visible_pairs
 from reference.score import log_softmax
 
 
-def block_mass(q, k, block_size, causal, scale=None):
+def block_mass(q, k, block_size, causal, scale=None, window=None):
     """a[B, Hq, Nb]: mean probability in each key block over the last min(block_size, M) queries."""
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
     first = q_len - min(block_size, q_len)
     at = positions(q_len, kv_len)[first:]
+    # The key blocks that a query block of exactly these queries can see.
+    exist = visible_blocks(0, q_len - first, kv_len, block_size, causal, window)
     visible = visible_pairs(at, np.arange(kv_len), causal)
+    visible &= np.isin(np.arange(kv_len) // block_size, exist)
     num_kv_blocks = ceil_div(kv_len, block_size)
     a = np.zeros((batch, q_heads, num_kv_blocks))
     for b in range(batch):
@@ -54,23 +57,31 @@ def shares_of(a, forced):
         return np.where(total > 0, a[..., forced].sum(axis=-1) / total, np.nan)
 
 
-def estimate_budgets(q, k, gamma, block_size, causal, scale=None):
+def estimate_budgets(q, k, gamma, block_size, causal, scale=None, window=None):
     """int64 [B, Hq]."""
     if q.shape[1] == 0 or k.shape[1] == 0:
         return np.zeros((q.shape[0], q.shape[2]), dtype=np.int64)
-    return budgets_of(block_mass(q, k, block_size, causal, scale), gamma)
+    return budgets_of(block_mass(q, k, block_size, causal, scale, window), gamma)
 
 
-def last_forced(q_len, kv_len, block_size, causal, num_sink_blocks=1, num_local_blocks=1):
+def last_forced(
+    q_len, kv_len, block_size, causal, num_sink_blocks=1, num_local_blocks=1, window=None
+):
     """What is forced for a query block of exactly the last min(block_size, M) queries."""
     rows = min(block_size, q_len)
-    return forced_blocks(0, rows, kv_len, block_size, causal, num_sink_blocks, num_local_blocks)
+    return forced_blocks(
+        0, rows, kv_len, block_size, causal, num_sink_blocks, num_local_blocks, window
+    )
 
 
-def estimate_shares(q, k, block_size, causal, scale=None, num_sink_blocks=1, num_local_blocks=1):
+def estimate_shares(
+    q, k, block_size, causal, scale=None, num_sink_blocks=1, num_local_blocks=1, window=None
+):
     """float64 [B, Hq]."""
     q_len, kv_len = q.shape[1], k.shape[1]
     if q_len == 0 or kv_len == 0:
         return np.full((q.shape[0], q.shape[2]), np.nan)
-    forced = last_forced(q_len, kv_len, block_size, causal, num_sink_blocks, num_local_blocks)
-    return shares_of(block_mass(q, k, block_size, causal, scale), forced)
+    forced = last_forced(
+        q_len, kv_len, block_size, causal, num_sink_blocks, num_local_blocks, window
+    )
+    return shares_of(block_mass(q, k, block_size, causal, scale, window), forced)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from reference.grid import ceil_div, positions, visible_pairs
+from reference.grid import ceil_div, positions, visible_blocks, visible_pairs
 
 
 def log_softmax(logits, visible):
@@ -15,9 +15,12 @@ def log_softmax(logits, visible):
 
 
 def score_blocks(
-    q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale=None, rows=None
+    q_proxy, k_proxy, q_len, kv_len, stride, block_size, causal, scale=None, rows=None, window=None
 ):
-    """Returns (peak, mass), both [B, g, rows, Nb]; `rows` lists query blocks, None means all."""
+    """Returns (peak, mass), both [B, g, rows, Nb]; `rows` lists query blocks, None means all.
+
+    Key blocks that are not visible don't exist; inside those that are a window hides nothing.
+    """
     batch, _, proxies, head_dim = q_proxy.shape
     key_proxies = k_proxy.shape[2]
     scale = 1 / np.sqrt(head_dim) if scale is None else scale
@@ -36,7 +39,11 @@ def score_blocks(
                 sampled = np.flatnonzero(q_tokens // block_size == m)
                 at = positions(q_len, kv_len)[q_tokens[sampled]]
                 logits = scale * q_proxy[b, sampled, c] @ keys.T
-                log_p = log_softmax(logits, visible_pairs(at, k_tokens, causal))
+                exists = np.isin(
+                    k_tokens // block_size,
+                    visible_blocks(m, q_len, kv_len, block_size, causal, window),
+                )
+                log_p = log_softmax(logits, visible_pairs(at, k_tokens, causal) & exists)
                 for n in range(num_kv_blocks):
                     cell = log_p[:, k_tokens // block_size == n]
                     peak[b, c, place, n] = cell.max()

@@ -2,17 +2,17 @@
 
 import numpy as np
 
-from reference.grid import ceil_div, forced_blocks, num_visible
+from reference.grid import ceil_div, forced_blocks, visible_blocks
 
 #: What is held may fall short of what is needed by so much.
 SLACK = 1e-6
 DEFAULT_MIN_BUDGET = {"top_p": 512, "last_block": 2048}
 
 
-def rank_row(peaks, forced):
-    """All visible blocks of one row: forced first, then peak descending, ties to the later."""
+def rank_row(peaks, visible, forced):
+    """The visible blocks of one row: forced first, then peak descending, ties to the later."""
     heights = np.where(np.isnan(peaks), np.inf, peaks)
-    rest = [n for n in range(len(peaks)) if n not in set(forced)]
+    rest = [n for n in visible if n not in set(forced)]
     return list(forced) + sorted(rest, key=lambda n: (-heights[n], -n))
 
 
@@ -58,6 +58,7 @@ def select_blocks(
     min_budget=None,
     num_sink_blocks=1,
     num_local_blocks=1,
+    window=None,
 ):
     """Returns indices [B, g, Mb, Nb] (-1 past the visible blocks) and counts [B, Hq, Mb].
 
@@ -71,9 +72,10 @@ def select_blocks(
     indices = np.full((batch, groups, num_rows, num_kv_blocks), -1)
     counts = np.zeros((batch, q_heads, num_rows), dtype=np.int64)
     for b, c, m in np.ndindex(batch, groups, num_rows):
-        visible = num_visible(m, *geometry)
-        forced = forced_blocks(m, *geometry, num_sink_blocks, num_local_blocks)
-        ranking = np.array(rank_row(peak[b, c, m, :visible], forced), dtype=np.int64)
+        blocks = visible_blocks(m, *geometry, window)
+        visible = len(blocks)
+        forced = forced_blocks(m, *geometry, num_sink_blocks, num_local_blocks, window)
+        ranking = np.array(rank_row(peak[b, c, m], blocks, forced), dtype=np.int64)
         indices[b, c, m, :visible] = ranking
         least = least_count(len(forced), visible, min_budget, block_size)
         for h in range(c * (q_heads // groups), (c + 1) * (q_heads // groups)):

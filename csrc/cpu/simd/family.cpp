@@ -142,10 +142,10 @@ PROXYATTN_INLINE void product(const float* left,
 template <int kCount>
 void score_rows(const float* queries, const float* keys, int64_t head_dim, float* scores) {
   constexpr int64_t kChunk = 64;
-  static_assert(kHeadDims[0] % kChunk == 0);
   for (int64_t d = 0; d < head_dim; d += kChunk) {
+    const int64_t chunk = head_dim - d < kChunk ? head_dim - d : kChunk;
     Vec sums[kCount][2];
-    product<kCount>(keys + d, head_dim, 1, queries + d * kPanel, kChunk, sums);
+    product<kCount>(keys + d, head_dim, 1, queries + d * kPanel, chunk, sums);
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
       float* const row = scores + r * kPanel;
@@ -240,13 +240,15 @@ PROXYATTN_INLINE Vec reference_of(Vec top) {
   return top == -__builtin_inff() ? Vec{} : top;
 }
 
-void mask(const int32_t* num_seen, int64_t num_keys, float* scores) {
+void mask(const int32_t* begin, const int32_t* end, int64_t num_keys, float* scores) {
   const Vec minus_inf = splat(-__builtin_inff());
   for (int64_t half = 0; half < kPanel; half += kLanes) {
-    const IntVec seen = load(num_seen + half);
+    const IntVec first = load(begin + half);
+    const IntVec behind = load(end + half);
     for (int64_t key = 0; key < num_keys; ++key) {
       float* at = scores + key * kPanel + half;
-      store(at, static_cast<int32_t>(key) < seen ? load(at) : minus_inf);
+      const auto at_key = static_cast<int32_t>(key);
+      store(at, (first <= at_key) & (at_key < behind) ? load(at) : minus_inf);
     }
   }
 }

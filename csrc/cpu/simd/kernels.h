@@ -15,7 +15,6 @@ namespace proxyattn::cpu {
 
 // Keys that one call of a kernel sees at most.
 inline constexpr int64_t kMaxTileKeys = 128;
-inline constexpr int64_t kMaxHeadDim = 256;
 // A multiple of every family's panel.
 inline constexpr int64_t kMaxPanel = 32;
 
@@ -35,8 +34,8 @@ struct Kernels {
   void (*scores)(
       const float* queries, const float* keys, int64_t num_keys, int64_t head_dim, float* scores);
 
-  // Row i sees the first num_seen[i] keys; the other scores become -inf.
-  void (*mask)(const int32_t* num_seen, int64_t num_keys, float* scores);
+  // Row i sees keys [begin[i], end[i]); the other scores become -inf.
+  void (*mask)(const int32_t* begin, const int32_t* end, int64_t num_keys, float* scores);
 
   // One step of the online softmax of a panel. Scores become exp(score - top), with `top` first
   // raised to the scores' maximum; decay = exp(old top - top) is the factor for what was summed

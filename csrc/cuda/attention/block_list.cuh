@@ -9,18 +9,21 @@
 #include "proxyattn/attention.h"
 
 #include "common/math.h"
+#include "common/visibility.h"
 #include "cuda/common/macros.cuh"
 
 namespace proxyattn::cuda {
 
 struct BlockList {
-  const int32_t* entries;  // null: blocks count - 1, ..., 0
+  const int32_t* entries;  // null: blocks first + count - 1, ..., first
   int count;
+  int first;
 };
 
-// Every block that holds a key below `key_limit`.
-PROXYATTN_DEVICE BlockList all_blocks(int key_limit, int kv_block) {
-  return {nullptr, ceil_div(max_of(key_limit, 0), kv_block)};
+// Every block with a key that one of rows 0 to last_row sees.
+PROXYATTN_DEVICE BlockList visible_blocks(const RowKeys<int>& keys, int last_row, int kv_block) {
+  const KeyBlocks<int> blocks = keys.blocks(last_row, kv_block);
+  return {nullptr, blocks.end - blocks.first, blocks.first};
 }
 
 // The list of query block `q_block_idx`, counted from the first query of the call.
@@ -34,7 +37,7 @@ PROXYATTN_DEVICE BlockList chosen_blocks(const AttentionParams& p,
   const int64_t row = q_block_idx - p.list_rows.begin;
   const int32_t count = p.counts[(batch_idx * p.q_heads + head_idx) * num_rows + row];
   const int64_t usable = min_of(max_of<int64_t>(count, 0), p.list_capacity);
-  return {p.indices + (list_idx * num_rows + row) * p.list_capacity, static_cast<int>(usable)};
+  return {p.indices + (list_idx * num_rows + row) * p.list_capacity, static_cast<int>(usable), 0};
 }
 
 // Cuts the blocks of a list into tiles of kTileKeys keys and skips the tiles that no query of the
@@ -48,6 +51,7 @@ class KeyTileWalk {
   PROXYATTN_DEVICE KeyTileWalk(const BlockList& list, int kv_block, int num_blocks, int key_limit)
       : entry_(list.entries),
         remaining_(list.count),
+        first_(list.first),
         kv_block_(kv_block),
         num_blocks_(num_blocks),
         key_limit_(max_of(key_limit, 0)) {
@@ -80,11 +84,12 @@ class KeyTileWalk {
   // waits for it.
   PROXYATTN_DEVICE void read_ahead() {
     if (remaining_ == 0) return;
-    upcoming_ = entry_ == nullptr ? remaining_ - 1 : __ldg(entry_++);
+    upcoming_ = entry_ == nullptr ? first_ + remaining_ - 1 : __ldg(entry_++);
   }
 
-  const int32_t* entry_;  // null: blocks remaining - 1, ..., 0
+  const int32_t* entry_;  // null: blocks first + remaining - 1, ..., first
   int remaining_;         // blocks after the current one
+  int first_;
   int kv_block_;
   int num_blocks_;
   int key_limit_;

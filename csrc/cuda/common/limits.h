@@ -1,8 +1,9 @@
-// What the CUDA kernels take less of than the CPU does, element types and key blocks, and what
-// the smallest device gives them.
+// What the CUDA kernels take less of than the CPU does, element types, head sizes, key blocks and
+// windows, and what the smallest device gives them.
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "proxyattn/device.h"
 #include "proxyattn/error.h"
@@ -18,9 +19,27 @@ inline void check_dtype(const char* op, DType dtype) {
                   ": dtype must be float16 or bfloat16 on a GPU, got ", dtype_name(dtype));
 }
 
+inline void check_head_dim(const char* op, int64_t head_dim) {
+  std::string listed;
+  for (const int64_t size : kHeadDims) {
+    if (size == head_dim) return;
+    listed += (listed.empty() ? "" : ", ") + std::to_string(size);
+  }
+  throw InvalidArgument(
+      join_message(op, ": head_dim must be one of ", listed, " on a GPU, got head_dim=", head_dim));
+}
+
 inline void check_num_kv_blocks(const char* op, int64_t num_kv_blocks) {
   PROXYATTN_CHECK(num_kv_blocks <= kMaxCudaKvBlocks, op, ": kv_len must span at most ",
                   kMaxCudaKvBlocks, " key blocks on a GPU, got ", num_kv_blocks);
+}
+
+// The stages that choose blocks don't know windows here yet; attention does.
+inline void check_no_window(const char* op, int64_t window) {
+  PROXYATTN_CHECK(window == 0, op,
+                  ": window must be None on a GPU unless all blocks that it touches are read, as "
+                  "with gamma >= 1, got window=",
+                  window);
 }
 
 }  // namespace proxyattn::cuda

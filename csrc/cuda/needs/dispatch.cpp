@@ -74,6 +74,8 @@ void estimate_needs(const NeedParams& params, Stream stream) {
   validate_prepared(op, params.packed);
   validate_alignment(op, params);
   check_dtype(op, params.dtype);
+  check_head_dim(op, params.head_dim);
+  check_no_window(op, params.window);
   check_num_kv_blocks(op, ceil_div(params.kv_len, params.kv_block));
   validate_workspace(op, params.workspace, params.workspace_bytes,
                      estimate_needs_workspace_bytes(params));

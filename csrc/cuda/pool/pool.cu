@@ -115,6 +115,7 @@ void pool_heads(const PoolParams& params, Stream stream) {
   validate_pool(params);
   validate_prepared(kOp, params.packed);
   check_dtype(kOp, params.dtype);
+  check_head_dim(kOp, params.head_dim);
   if (params.batch == 0) return;
   if (params.dtype == DType::kBFloat16) {
     pool<__nv_bfloat16>(params, stream);

@@ -69,6 +69,8 @@ void score_blocks(const ScoreParams& params, Stream stream) {
   validate_prepared(kOp, params.packed);
   validate_alignment(kOp, params);
   check_dtype(kOp, params.dtype);
+  check_head_dim(kOp, params.head_dim);
+  check_no_window(kOp, params.window);
   const Kernel& kernel = choose_kernel(params);
   validate_workspace(kOp, params.workspace, params.workspace_bytes, kernel.workspace_bytes(params));
   if (params.batch == 0 || params.kv_len == 0) return;  // no cells

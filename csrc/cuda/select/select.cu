@@ -119,6 +119,7 @@ void select_blocks(const SelectParams& params, Stream stream) {
   validate_select(params);
   validate_prepared(kOp, params.packed);
   validate_alignment(kOp, params);
+  check_no_window(kOp, params.window);
   const SelectArgs args = make_args(params);
   check_num_kv_blocks(kOp, args.num_blocks);
   if (params.batch == 0) return;

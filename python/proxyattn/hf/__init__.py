@@ -5,11 +5,11 @@
     proxyattn.hf.register(gamma=0.95)
     model.set_attn_implementation("proxyattn")
 
-Long causal prompts then run sparse attention, padded ones and chunks after a cached prefix
-included; everything else (decoding, short prompts, sliding windows that hide keys, training) runs
-transformers' own SDPA attention. A long prompt that runs dense logs one warning per model and
-reason to the logger ``proxyattn``, which says what would make it sparse. :func:`record` shows what
-ran where.
+Long causal prompts then run sparse attention, padded and packed ones and chunks after a cached
+prefix included, and in layers with sliding windows attention to all of the window; everything else
+(decoding, short prompts, training) runs transformers' own SDPA attention. A long prompt that runs
+dense logs one warning per model and reason to the logger ``proxyattn``, which says what would make
+it sparse. :func:`record` shows what ran where.
 """
 
 from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, legal_proxy_heads, register

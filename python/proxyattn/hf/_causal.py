@@ -7,24 +7,28 @@ nothing but causal sequences, the hook's mask function sends a *sign* in its pla
 - ``[0, seen, q_len, kv_len]``, empty: each row is one causal sequence of ``seen`` tokens, the
   queries being its last ones. Behind them a static cache may have room for more. Models that cut
   queries or keys cut the sign like a mask, and it stays right.
-- ``[B or 1, kv_len, 2, 3]`` on the CPU, for padded prompts, the same in its last two dimensions:
-  the number of the sequence that a key belongs to, from 1 up; 0 is padding, and -1 what a static
-  cache holds no token for. ``torch.compile`` can't look into a mask, so there every prompt with a
-  mask gets this form.
+- ``[0, window, q_len, kv_len]``, empty, of int16: the same with a window, and without such room.
+- ``[B or 1, kv_len, 2, 3]`` on the CPU, for padded prompts. First in its last dimension: the number
+  of the sequence that a key belongs to, from 1 up; 0 is padding, and -1 what a static cache holds
+  no token for. Then the window, or 0. ``torch.compile`` can't look into a mask, so there every
+  prompt with a mask gets this form, if it has no window.
 
 Neither can be broadcast to scores: a model that uses its mask itself stops at a sign, instead of
 taking it for something else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig
 from transformers.masking_utils import causal_mask_function
 
-_PADDING, _FIRST_SEQUENCE, _NO_TOKEN = 0, 1, -1
+_PADDING, FIRST_SEQUENCE, _NO_TOKEN = 0, 1, -1
+_NO_WINDOW = 0
+_PLAIN, _WINDOWED = torch.int32, torch.int16
 
 
 class Causal(NamedTuple):
@@ -34,6 +38,7 @@ class Causal(NamedTuple):
     kv_len: int
     seen: int  # tokens up to the last query
     sequences: Tensor | None  # int32 [B or 1, kv_len] on the CPU; None: all one sequence
+    window: int | None  # keys up to its own that a query sees; None: all of them
 
 
 # ---- from the arguments of a mask to its sign
@@ -52,41 +57,73 @@ def causal_sign(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     batch_size: int = 1,
+    config: PretrainedConfig | None = None,
     **others,
 ) -> Tensor | None:
     """The sign of a mask with these arguments of ``sdpa_mask``, or None if it needs the mask."""
     if q_length is None or kv_length is None or q_offset is None or q_length == 1:
         return None
-    if isinstance(kv_offset, Tensor) or kv_offset != 0:
-        return None
     if attention_mask is not None and attention_mask.dim() != 2:
         return None
     compiling = torch.compiler.is_compiling()
-    if not _is_causal(mask_function, local_size, kv_length, allow_is_causal_skip):
-        # Compiled code doesn't know whether sequences are packed, and has a mask that looks for it.
+    window = None
+    if allow_is_causal_skip and _is_window(config, local_size) and kv_length > local_size:
+        window = local_size
+    # A cache that keeps a window's keys alone has lost the first ones; of no other do we know why.
+    if isinstance(kv_offset, Tensor) or (kv_offset != 0 and window is None):
+        return None
+    if window is None and not _is_causal(
+        mask_function, local_size, kv_length, allow_is_causal_skip
+    ):
+        # Prompts in one row, one behind another. Compiled code doesn't know whether there are any
+        # and has a mask that looks for them.
         whole = attention_mask is None and q_length == kv_length and not use_vmap
-        if not (compiling and whole and local_size is None):
+        if not whole or local_size is not None:
             return None
         sequences = _packed_sequences(mask_function, batch_size, kv_length, device)
         return None if sequences is None else _sign_of(sequences)
     readable = not compiling
     if isinstance(q_offset, Tensor) and readable:
         q_offset = int(q_offset)
-    seen = q_offset + q_length
+    seen = q_offset + q_length - kv_offset
+    plain = None
     if not isinstance(seen, Tensor):
         if seen > kv_length:
             return None
-        plain = (0, seen, q_length, kv_length)
-        if attention_mask is None:
-            return torch.empty(plain, dtype=torch.int32, device=device)
-    sequences = _real_tokens(attention_mask, seen, kv_length)
-    if readable and bool((sequences[:, :seen] == _FIRST_SEQUENCE).all()):
-        return torch.empty(plain, dtype=torch.int32, device=device)
-    return _sign_of(sequences)
+        if window is None:
+            plain = torch.empty((0, seen, q_length, kv_length), dtype=_PLAIN, device=device)
+        elif seen == kv_length:
+            plain = torch.empty((0, window, q_length, kv_length), dtype=_WINDOWED, device=device)
+        if plain is not None and attention_mask is None:
+            return plain
+    if window is not None and not readable:
+        return None
+    sequences = _real_tokens(attention_mask, seen, kv_length, kv_offset)
+    if readable and plain is not None and bool((sequences[:, :seen] == FIRST_SEQUENCE).all()):
+        return plain
+    if window is not None and not _all_side_by_side(sequences):
+        return None
+    return _sign_of(sequences, window)
 
 
-def _sign_of(sequences: Tensor) -> Tensor:
-    return sequences[:, :, None, None].expand(-1, -1, 2, 3)
+def _sign_of(sequences: Tensor, window: int | None = None) -> Tensor:
+    windows = torch.full_like(sequences, _NO_WINDOW if window is None else window)
+    return torch.stack([sequences, windows, windows], dim=2)[:, :, None].expand(-1, -1, 2, -1)
+
+
+def _is_window(config: PretrainedConfig | None, local_size: int | None) -> bool:
+    """Whether keys are local in a sliding window. The only others that transformers masks are local
+    in chunks; what a mask's formula is can't be seen in compiled code."""
+    if local_size is None or getattr(config, "sliding_window", None) != local_size:
+        return False
+    return getattr(config, "attention_chunk_size", None) != local_size
+
+
+def _all_side_by_side(sequences: Tensor) -> bool:
+    """Whether no row has padding between its tokens, of which a window counts each."""
+    real = (sequences == FIRST_SEQUENCE).int()
+    begins = real.diff(dim=1, prepend=real.new_zeros(real.shape[0], 1)) == 1
+    return bool((begins.sum(1) <= 1).all())
 
 
 def _is_causal(
@@ -102,12 +139,14 @@ def _is_causal(
     return mask_function is causal_mask_function if local_size is None else kv_len <= local_size
 
 
-def _real_tokens(attention_mask: Tensor | None, seen: int | Tensor, kv_len: int) -> Tensor:
+def _real_tokens(
+    attention_mask: Tensor | None, seen: int | Tensor, kv_len: int, kv_offset: int
+) -> Tensor:
     if attention_mask is None:
-        sequences = torch.full((1, kv_len), _FIRST_SEQUENCE, dtype=torch.int32)
+        sequences = torch.full((1, kv_len), FIRST_SEQUENCE, dtype=torch.int32)
     else:
         # As transformers reads a mask that is too short or too long.
-        given = attention_mask[:, :kv_len].to("cpu", torch.int32)
+        given = attention_mask[:, kv_offset : kv_offset + kv_len].to("cpu", torch.int32)
         missing = kv_len - given.shape[1]
         sequences = torch.nn.functional.pad(given, (0, missing), value=_PADDING)
     if isinstance(seen, Tensor):
@@ -165,7 +204,7 @@ def _packed_sequences(
     if not watch.saw_packed_causal:
         return None
     breaks = torch.nn.functional.pad((~joined).int(), (1, 0))
-    return (_FIRST_SEQUENCE + breaks.cumsum(1, dtype=torch.int32)).to("cpu")
+    return (FIRST_SEQUENCE + breaks.cumsum(1, dtype=torch.int32)).to("cpu")
 
 
 # ---- from the sign to what attention needs
@@ -173,19 +212,27 @@ def _packed_sequences(
 
 def read_sign(mask: Tensor | None) -> Causal | None:
     """What the sign says, None for a mask."""
-    if mask is None or mask.dtype != torch.int32:
+    if mask is None or mask.dtype not in (_PLAIN, _WINDOWED):
         return None
+    if mask.dtype == _WINDOWED:
+        _, window, q_len, kv_len = mask.shape
+        return Causal(q_len, kv_len, kv_len, None, window)
     if mask.shape[0] == 0:
         _, seen, q_len, kv_len = mask.shape
-        return Causal(q_len, kv_len, seen, None)
+        return Causal(q_len, kv_len, seen, None, None)
     sequences = mask[:, :, 0, 0].to("cpu")
     kv_len = sequences.shape[1]
-    # Compiled code can't read the number, and takes the most that it can be.
-    seen = kv_len if torch.compiler.is_compiling() else _num_tokens(sequences)
-    return Causal(None, kv_len, seen, sequences)
+    if torch.compiler.is_compiling():
+        # Which can't read the numbers, takes the most that they can be, and has no windows here.
+        return Causal(None, kv_len, kv_len, sequences, None)
+    window = int(mask[0, 0, 0, 1])
+    return Causal(
+        None, kv_len, num_tokens(sequences), sequences, None if window == _NO_WINDOW else window
+    )
 
 
-def _num_tokens(sequences: Tensor) -> int:
+def num_tokens(sequences: Tensor) -> int:
+    """Tokens up to the last query."""
     return int((sequences[0] != _NO_TOKEN).sum())
 
 
@@ -194,73 +241,19 @@ def dense_mask(causal: Causal, q_len: int, device: torch.device) -> Tensor | Non
     tokens = torch.arange(causal.kv_len, device=device)
     queries = torch.arange(q_len, device=device)
     if causal.sequences is None:
-        if q_len == causal.seen:
+        if q_len == causal.seen and causal.window is None:
             return None
-        return (tokens <= queries[:, None] + (causal.seen - q_len))[None, None]
+        positions = queries + (causal.seen - q_len)
+        return _sees(positions[:, None], tokens, causal.window)[None, None]
     keys = causal.sequences.to(device)
     positions = queries + (keys[0] != _NO_TOKEN).sum() - q_len
     own = keys[:, positions, None]
     # A padded query sees what stands before it, as with transformers' own mask.
     same = (own == keys[:, None]) | (own == _PADDING)
-    return ((tokens <= positions[:, None]) & same & (keys > _PADDING)[:, None])[:, None]
+    sees = _sees(positions[:, None], tokens, causal.window)
+    return (sees & same & (keys > _PADDING)[:, None])[:, None]
 
 
-def attend_by_sequence(
-    q: Tensor, k: Tensor, v: Tensor, sequences: Tensor, attend: Callable[..., Tensor]
-) -> Tensor:
-    """Causal attention inside each sequence; padded queries get zeros.
-
-    Rows that agree on their sequences run together, others one after another.
-
-    Args:
-        q: ``[B, M, Hq, D]``.
-        k: ``[B, kv_len, Hkv, D]``.
-        v: ``[B, kv_len, Hkv, D]``.
-        sequences: int32 ``[B or 1, kv_len]`` on the CPU, as in the sign.
-        attend: causal attention of q, k and v, to ``[B, M, Hq, D]``.
-    """
-    seen = _num_tokens(sequences)
-    sequences = sequences[:, :seen]
-    first_query = seen - q.shape[1]
-    out = None
-    for rows, numbers in _alike(sequences):
-        for number in range(_FIRST_SEQUENCE, int(numbers.max()) + 1):
-            tokens = (numbers == number).nonzero()[:, 0]
-            keys, queries = _span(tokens), _span(tokens[tokens >= first_query] - first_query)
-            inputs = (x[rows][:, where] for x, where in ((q, queries), (k, keys), (v, keys)))
-            query, key, value = inputs
-            if query.shape[1] == 0:
-                continue
-            attended = attend(query, key, value)
-            if attended.shape == q.shape:
-                return attended  # one sequence, all of the queries
-            if out is None:
-                out = attended.new_zeros(q.shape)
-            out[_with_columns(rows, queries)] = attended
-    return torch.zeros_like(q) if out is None else out
-
-
-def _alike(sequences: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """Rows with the same numbers, and the numbers; one row stands for all."""
-    if sequences.shape[0] == 1:
-        yield slice(None), sequences[0]
-        return
-    rows: dict[bytes, list[int]] = {}
-    for row, numbers in enumerate(sequences.numpy()):
-        rows.setdefault(numbers.tobytes(), []).append(row)
-    for group in rows.values():
-        yield _span(torch.tensor(group)), sequences[group[0]]
-
-
-def _span(places: Tensor) -> slice | Tensor:
-    """Ascending places, as a slice if there are no gaps: slices are views, the others copies."""
-    if places.numel() == 0:
-        return slice(0, 0)
-    first, last = int(places[0]), int(places[-1])
-    return slice(first, last + 1) if last - first + 1 == places.numel() else places
-
-
-def _with_columns(rows: slice | Tensor, columns: slice | Tensor) -> tuple:
-    """An index of both; two lists of places would be paired up."""
-    both_lists = isinstance(rows, Tensor) and isinstance(columns, Tensor)
-    return (rows[:, None] if both_lists else rows, columns)
+def _sees(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    sees = keys <= positions
+    return sees if window is None else sees & (keys > positions - window)

@@ -1,7 +1,6 @@
 """The two functions that transformers calls: one makes masks, one attends."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,17 +9,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from proxyattn._config import supported_configs
-from proxyattn._stages import Settings, run_stages
+from proxyattn._stages import Settings
 from proxyattn.hf import _ops
-from proxyattn.hf._causal import Causal, attend_by_sequence, causal_sign, dense_mask, read_sign
+from proxyattn.hf._attend import attend, attend_packed
+from proxyattn.hf._causal import Causal, causal_sign, dense_mask, read_sign
 from proxyattn.hf._models import refusal_of_config, refuse_arguments
 from proxyattn.hf._notices import warn_dense, warn_proxy_heads
-from proxyattn.hf._recording import (
-    SparseCall,
-    anything_recorded,
-    open_recordings,
-    record_dense,
-)
+from proxyattn.hf._ops import Rule
+from proxyattn.hf._packed import packing_of
+from proxyattn.hf._recording import anything_recorded, record_dense
+from proxyattn.hf._sinks import attend_with_sinks, sinks_of
 
 #: Calls that see fewer tokens than this go to SDPA, by device type: from here on the least budgets
 #: of both modes leave blocks out, and sparse prefill is faster. See bench/RESULTS.md.
@@ -71,12 +69,15 @@ _KERNELS = frozenset(
     (config["device"], config["head_dim"], getattr(torch, config["dtype"]))
     for config in supported_configs()
 )
+_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEAST_CAPABILITY = (8, 0)
 
 
 def _can_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
+    if device.type == "cpu":  # whose kernels are for any size
+        return head_dim % 8 == 0 and head_dim <= 256 and dtype in _CPU_DTYPES
     return (device.type, head_dim, dtype) in _KERNELS
 
 
@@ -128,17 +129,19 @@ class _Hook:
         """``query [B, Hq, M, D]``, ``key, value [B, Hkv, N, D]`` to ``[B, M, Hq, D]`` and None."""
         causal = read_sign(attention_mask)
         is_masked = causal is None and attention_mask is not None
+        sinks = sinks_of(kwargs, query)
         refuse_arguments(kwargs, is_masked)
         if causal is not None:
             _check_lengths(causal, query, key)
         seen = key.shape[2] if causal is None else causal.seen
+        window = None if causal is None else causal.window
         sees_later = not (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         q, k, v = _autocast(query, key, value)
         reason = (
-            _unsupported_argument(kwargs, seen)
+            _unsupported_argument(kwargs, seen if window is None and not is_masked else 0)
             or ("short" if self.is_short(query.shape[2], seen, query.device) else None)
             or _unsupported_mask(causal, is_masked, sees_later, query, key)
-            or _unsupported_mode(module, dropout, query, key, value)
+            or _unsupported_mode(module, dropout, query, key, value, sinks)
             or _unsupported_tensors(q, k, v)
         )
         layer = getattr(module, "layer_idx", None)
@@ -148,7 +151,8 @@ class _Hook:
             sequences = None if causal is None else causal.sequences
             if sequences is None:
                 k, v = k[:, :seen], v[:, :seen]
-            return self._sparse(q, k, v, sequences, scaling, layer), None
+            rule = Rule(scaling, window, None if sinks is None else sinks.float())
+            return self._run(q, k, v, sequences, rule, layer), None
         if reason != "short":
             warn_dense(module, reason, query)
         if not torch.compiler.is_compiling():
@@ -157,6 +161,10 @@ class _Hook:
             query = _ops.note_dense(query, layer, reason)
         if causal is not None:
             attention_mask = dense_mask(causal, query.shape[2], query.device)
+        if sinks is not None:
+            return attend_with_sinks(
+                query, key, value, attention_mask, sinks, not sees_later, scaling, dropout
+            ), None
         return sdpa_attention_forward(
             module,
             query,
@@ -169,20 +177,20 @@ class _Hook:
             **kwargs,
         )
 
-    def _sparse(
+    def _run(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         sequences: Tensor | None,
-        scale: float | None,
+        rule: Rule,
         layer: int | None,
     ) -> Tensor:
         if not torch.compiler.is_compiling():
-            return self.run(q, k, v, sequences, scale, layer)
+            return self.run(q, k, v, sequences, rule, layer)
         if sequences is not None or anything_recorded():
-            return _ops.run(q, k, v, sequences, scale, layer, self.name)
-        return self._fitted(q, k).attend(q, k, v, scale)
+            return _ops.run(q, k, v, sequences, *rule, layer, self.name)
+        return self._settings(q, k, rule).attend(q, k, v, *rule)
 
     def run(
         self,
@@ -190,34 +198,22 @@ class _Hook:
         k: Tensor,
         v: Tensor,
         sequences: Tensor | None,
-        scale: float | None,
+        rule: Rule,
         layer: int | None,
     ) -> Tensor:
-        """Sparse attention of all sequences, recorded where recordings are open."""
-        attend = partial(self._attend, scale=scale, layer=layer)
+        """Attention of all sequences, recorded where recordings are open."""
+        if rule.window is not None:
+            record_dense(layer, "window")
+        settings = self._settings(q, k, rule)
         if sequences is None:
-            return attend(q, k, v)
-        return attend_by_sequence(q, k, v, sequences, attend)
+            return attend(q, k, v, settings, rule, layer)
+        packing = packing_of(sequences, *q.shape[:2])
+        return attend_packed(q, k, v, packing, settings, rule, layer)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None, layer: int | None
-    ) -> Tensor:
+    def _settings(self, q: Tensor, k: Tensor, rule: Rule) -> Settings:
+        """Those of a call; a window leaves few enough blocks to read them all."""
         settings = self._fitted(q, k)
-        recordings = open_recordings()
-        if not recordings:
-            return settings.attend(q, k, v, scale)
-        stages = run_stages(q, k, v, settings, scale)
-        call = SparseCall(
-            layer=layer,
-            q_len=q.shape[1],
-            kv_len=k.shape[1],
-            block_size=settings.block_size,
-            counts=stages.counts,
-            proxy_heads=stages.indices.shape[1],
-        )
-        for recording in recordings:
-            recording.sparse.append(call)
-        return stages.out
+        return settings if rule.window is None else replace(settings, gamma=1.0)
 
     def _fitted(self, q: Tensor, k: Tensor, module: torch.nn.Module | None = None) -> Settings:
         """The settings with a number of proxy heads that the layer can have."""
@@ -273,13 +269,13 @@ def _unsupported_mask(
 
 
 def _unsupported_mode(
-    module: torch.nn.Module, dropout: float, query: Tensor, key: Tensor, value: Tensor
+    module: torch.nn.Module, dropout: float, *tensors: Tensor | None
 ) -> str | None:
     if module.training:
         return "training"
     if dropout > 0:
         return "dropout"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return "gradient"
     return None
 

@@ -90,7 +90,7 @@ def _model_classes(config_class: type) -> Iterator[type[PreTrainedModel]]:
 
 # ---- by argument
 
-_REFUSED = {"s_aux": "learned sinks (s_aux)", "softcap": "capped scores (softcap)"}
+_REFUSED = {"softcap": "capped scores (softcap)"}
 # What SDPA's function acts on.
 _FOR_SDPA = frozenset(("position_bias", "output_attentions"))
 # What says nothing that the tensors and the mask don't say: set for other implementations, or on

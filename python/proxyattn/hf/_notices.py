@@ -15,7 +15,7 @@ _said: dict[int, set[str]] = {}
 _REMEDIES = {
     "position_bias": "attention with position biases always runs dense",
     "output_attentions": "leave output_attentions off",
-    "sliding_window": "layers whose window is shorter than the prompt always run dense",
+    "sliding_window": "a window that the layer has and its mask has not is left to SDPA",
     "mask": "masks other than causal ones, of packed sequences for example, always run dense; "
     "padding is fine",
     "not causal": "attention that is not causal always runs dense",

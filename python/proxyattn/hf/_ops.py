@@ -5,13 +5,23 @@ They call back into Python, which no op of the extension could do.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from proxyattn.hf._recording import record_dense
 
-#: Sparse attention by registered name: (q, k, v, sequences, scale, layer) to the output.
+
+class Rule(NamedTuple):
+    """What a layer's attention is, beside its tensors."""
+
+    scale: float | None
+    window: int | None
+    sinks: Tensor | None  # fp32 [Hq]
+
+
+#: Attention by registered name: (q, k, v, sequences, rule, layer) to the output.
 runners: dict[str, Callable[..., Tensor]] = {}
 
 # Reading numbers waits for the device, which a CUDA graph can't hold; older torch has no word for
@@ -27,15 +37,17 @@ def run(
     v: Tensor,
     sequences: Tensor | None,
     scale: float | None,
+    window: int | None,
+    sinks: Tensor | None,
     layer: int | None,
     name: str,
 ) -> Tensor:
-    """Sparse attention by the runner of that name."""
-    return runners[name](q, k, v, sequences, scale, layer).contiguous()
+    """Attention by the runner of that name."""
+    return runners[name](q, k, v, sequences, Rule(scale, window, sinks), layer).contiguous()
 
 
 @run.register_fake
-def _(q, k, v, sequences, scale, layer, name):
+def _(q, k, v, sequences, scale, window, sinks, layer, name):
     return q.new_empty(q.shape)
 
 

@@ -16,8 +16,8 @@ from proxyattn._stages import visible_blocks
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SparseCall:
-    """One layer's sparse attention in one forward pass: of all rows, or of a padded batch's rows
-    that agree on their padding."""
+    """One layer's sparse attention in one forward pass: of all rows, or of one sequence of a batch
+    that is padded or packed."""
 
     layer: int | None
     q_len: int
@@ -61,7 +61,8 @@ class Recording:
     """What ran inside a :func:`record` block; prints as a table of layers."""
 
     sparse: list[SparseCall] = field(default_factory=list)
-    #: Calls that went to SDPA: how many, by (layer, reason).
+    #: Calls that read all that they see: how many, by (layer, reason). Those for the reason
+    #: "window" ran here, inside a sliding window; the others went to SDPA.
     dense: Counter = field(default_factory=Counter)
 
     @property

@@ -17,16 +17,49 @@
 
 namespace proxyattn::cuda::sm80 {
 
-// Completes the row sums and divides. A row that saw nothing has sum 0 and stays 0.
+// Sums of whole rows: the four lanes of a row add their shares.
 template <typename Traits>
-PROXYATTN_DEVICE void normalise(typename Traits::Sums& sums, RowState<Traits>& state) {
+PROXYATTN_DEVICE void complete_sums(RowState<Traits>& state) {
+  PROXYATTN_UNROLL
+  for (auto& pair : state.sum) {
+    PROXYATTN_UNROLL
+    for (float& sum : pair) sum = group_sum<kQuadLanes>(sum);
+  }
+}
+
+// A column of this logit and without a value joins the rows, whose sums are complete. Maxima are
+// those of unscaled logits, so it is taken for one whose scaled value it is.
+template <typename Traits>
+PROXYATTN_DEVICE void join_sink(typename Traits::Sums& sums,
+                                RowState<Traits>& state,
+                                float sink,
+                                float factor) {
+  const float logit = sink * kLog2E / factor;
+  typename Traits::PerRow rescale;
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const float row_max = fmaxf(state.max[r][half], logit);
+      const float reference = softmax_reference(row_max, factor);
+      rescale[r][half] = softmax_rescale(state.max[r][half], reference, factor);
+      state.sum[r][half] =
+          fmaf(state.sum[r][half], rescale[r][half], softmax_weight(logit, reference, factor));
+      state.max[r][half] = row_max;
+    }
+  }
+  scale_rows<Traits>(sums, rescale);
+}
+
+// A row that saw nothing has sum 0 and stays 0.
+template <typename Traits>
+PROXYATTN_DEVICE void normalise(typename Traits::Sums& sums, const RowState<Traits>& state) {
   typename Traits::PerRow inverse;
   PROXYATTN_UNROLL
   for (int r = 0; r < Traits::kRowTiles; ++r) {
     PROXYATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const float sum = group_sum<kQuadLanes>(state.sum[r][half]);
-      state.sum[r][half] = sum;
+      const float sum = state.sum[r][half];
       inverse[r][half] = sum == 0.0f ? 0.0f : __fdividef(1.0f, sum);
     }
   }

@@ -24,6 +24,7 @@
 
 #include "proxyattn/attention.h"
 
+#include "common/visibility.h"
 #include "cuda/attention/block_list.cuh"
 #include "cuda/attention/schedule.h"
 #include "cuda/attention/sm80/epilogue.cuh"
@@ -32,7 +33,6 @@
 #include "cuda/attention/sm80/traits.h"
 #include "cuda/common/key_rows.cuh"
 #include "cuda/common/macros.cuh"
-#include "cuda/common/mask.cuh"
 #include "cuda/common/warp.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/sequences/page_table.h"
@@ -68,9 +68,8 @@ PROXYATTN_DEVICE Element* head_rows(Element* base,
 template <typename Element>
 struct BlockWork {
   QueryTile query;
-  int q_start;   // token of query 0
-  int q_offset;  // position of query 0
-  int kv_len;
+  int q_start;            // token of query 0
+  RowKeys<int> seen;      // by the tile's rows
   int list_row;           // query block, as lists number it
   int sequence;           // row of the page table
   const Element* keys;    // key 0 of the head; with pages: its row in page 0
@@ -80,6 +79,7 @@ struct BlockWork {
 template <bool kPacked, typename Element>
 PROXYATTN_DEVICE void set_work(BlockWork<Element>& work, const KernelParams& params) {
   const AttentionParams& args = params.args;
+  const Visibility<int64_t> visibility(args.causal, args.window);
   int64_t first_key = 0;
   if constexpr (kPacked) {
     const Sequence* sequence = params.packed.find(blockIdx.x, work.query);
@@ -89,15 +89,14 @@ PROXYATTN_DEVICE void set_work(BlockWork<Element>& work, const KernelParams& par
     }
     first_key = sequence->kv_start;
     work.q_start = sequence->q_start;
-    work.q_offset = sequence->offset;
-    work.kv_len = sequence->kv_len;
+    const int64_t position = int64_t{sequence->offset} + work.query.first_query;
+    work.seen = visibility.rows(position, sequence->kv_len).narrow();
     work.list_row = sequence->first_q_block + work.query.q_block_idx;
     work.sequence = sequence->idx;
   } else {
     work.query = params.schedule.tile(blockIdx.x);
     work.q_start = 0;
-    work.q_offset = static_cast<int>(args.q_offset);
-    work.kv_len = static_cast<int>(args.kv_len);
+    work.seen = visibility.rows(args.q_offset + work.query.first_query, args.kv_len).narrow();
     work.list_row = work.query.q_block_idx;
   }
   const int batch_idx = work.query.batch_idx;
@@ -136,7 +135,7 @@ struct KeyValueRing {
                              int tile,
                              int first_key,
                              int thread) const {
-    const int kv_len = kPacked ? work.kv_len : static_cast<int>(params.args.kv_len);
+    const int kv_len = kPacked ? work.seen.num_keys : static_cast<int>(params.args.kv_len);
     const KeyRows<Element> rows{first, strides.token, kv_len, aligned};
     if (kPacked && params.pages.pages != nullptr) {
       const PagedKeyRows<Element> paged{rows, strides.batch, params.pages, work.sequence};
@@ -168,16 +167,16 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
   const int lane = thread % kWarpLanes;
   const int warp_row = thread / kWarpLanes * Traits::kWarpRows;
 
-  const int64_t kv_len = kPacked ? work.kv_len : args.kv_len;
-  const int64_t q_offset = kPacked ? work.q_offset : args.q_offset;
-  const KeyMask mask(args.causal, q_offset + query.first_query, kv_len);
-  const int key_limit = mask.limit(query.num_queries - 1);
+  // Keys [all_begin, all_end) are seen by every row.
+  const int last_row = query.num_queries - 1;
+  const int all_begin = work.seen.begin(last_row);
+  const int all_end = work.seen.end(0);
   const int kv_block = static_cast<int>(args.kv_block);
-  const int num_blocks = kPacked ? ceil_div(work.kv_len, kv_block) : params.num_kv_blocks;
+  const int num_blocks = kPacked ? ceil_div(work.seen.num_keys, kv_block) : params.num_kv_blocks;
   KeyTileWalk<kTileKeys> walk(
-      args.indices == nullptr ? all_blocks(key_limit, kv_block)
+      args.indices == nullptr ? visible_blocks(work.seen, last_row, kv_block)
                               : chosen_blocks(args, query.batch_idx, query.head_idx, work.list_row),
-      kv_block, num_blocks, key_limit);
+      kv_block, num_blocks, work.seen.end(last_row));
 
   const uint32_t query_tile = ptx::shared_address(shared_memory);
   const uint32_t warp_queries =
@@ -234,8 +233,11 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
       }
     }
     ptx::cp_async_commit();
-    if (mask.cuts(first_key, kTileKeys)) {
-      mask_scores<Traits>(scores, mask, warp_row, first_key, lane);
+    if (first_key + kTileKeys > all_end) {
+      hide_from_end<Traits>(scores, work.seen, warp_row, first_key, lane);
+    }
+    if (first_key < all_begin) {
+      hide_before_begin<Traits>(scores, work.seen, warp_row, first_key, lane);
     }
     typename Traits::PerRow rescale;
     softmax_step<Traits>(scores, state, rescale, params.factor);
@@ -247,6 +249,10 @@ __global__ void __launch_bounds__(kThreads, Traits::kBlocksPerSm)
     first_key = next_key;
   }
 
+  complete_sums<Traits>(state);
+  if (args.sink_logits != nullptr) {
+    join_sink<Traits>(sums, state, __ldg(args.sink_logits + query.head_idx), params.factor);
+  }
   normalise<Traits>(sums, state);
   const int valid_rows = query.num_queries - warp_row;
   const int first_query = work.q_start + query.first_query + warp_row;  // token

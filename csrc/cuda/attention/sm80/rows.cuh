@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
+#include "common/visibility.h"
 #include "cuda/attention/sm80/traits.h"
 #include "cuda/common/macros.cuh"
-#include "cuda/common/mask.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/common/softmax.cuh"
 #include "cuda/common/vec.cuh"
@@ -23,20 +23,46 @@ PROXYATTN_DEVICE int accumulator_column(int lane, int n) {
   return n * 8 + lane % 4 * 2;
 }
 
-// `first_row` is the warp's first row inside the query tile.
+// -inf to the keys from each row's end on. `first_row` is the warp's first row inside the query
+// tile.
 template <typename Traits>
-PROXYATTN_DEVICE void mask_scores(
-    typename Traits::Scores& scores, const KeyMask& mask, int first_row, int first_key, int lane) {
+PROXYATTN_DEVICE void hide_from_end(typename Traits::Scores& scores,
+                                    const RowKeys<int>& seen,
+                                    int first_row,
+                                    int first_key,
+                                    int lane) {
   PROXYATTN_UNROLL
   for (int r = 0; r < Traits::kRowTiles; ++r) {
     PROXYATTN_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int limit = mask.limit(first_row + accumulator_row(lane, r, half)) - first_key;
+      const int end = seen.end(first_row + accumulator_row(lane, r, half)) - first_key;
       PROXYATTN_UNROLL
       for (int n = 0; n < Traits::kKeyTiles; ++n) {
         const int column = accumulator_column(lane, n);
-        if (column >= limit) scores[r][n][2 * half] = kMinusInfinity;
-        if (column + 1 >= limit) scores[r][n][2 * half + 1] = kMinusInfinity;
+        if (column >= end) scores[r][n][2 * half] = kMinusInfinity;
+        if (column + 1 >= end) scores[r][n][2 * half + 1] = kMinusInfinity;
+      }
+    }
+  }
+}
+
+// The same to the keys before each row's first.
+template <typename Traits>
+PROXYATTN_DEVICE void hide_before_begin(typename Traits::Scores& scores,
+                                        const RowKeys<int>& seen,
+                                        int first_row,
+                                        int first_key,
+                                        int lane) {
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int begin = seen.begin(first_row + accumulator_row(lane, r, half)) - first_key;
+      PROXYATTN_UNROLL
+      for (int n = 0; n < Traits::kKeyTiles; ++n) {
+        const int column = accumulator_column(lane, n);
+        if (column < begin) scores[r][n][2 * half] = kMinusInfinity;
+        if (column + 1 < begin) scores[r][n][2 * half + 1] = kMinusInfinity;
       }
     }
   }

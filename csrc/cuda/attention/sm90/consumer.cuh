@@ -61,8 +61,8 @@ class Consumer {
   using Probabilities = uint32_t[Traits::kProbabilities];
 
   PROXYATTN_DEVICE void attend(const TileInfo& tile) {
-    // Every row of the warpgroup sees parts [0, whole_parts) whole.
-    const int whole_parts = rows().limit(place_.first_row) / Traits::kPartRows;
+    // Every row of the warpgroup sees parts [0, whole_parts) whole, but for those that are marked.
+    const int whole_parts = keys().end(place_.first_row) / Traits::kPartRows;
     // Key tiles before the last one, if only a part of that is this head's.
     const int uncut = Traits::kParts > 1 ? tile.steps - tile.odd : tile.steps;
     const uint64_t query =
@@ -96,6 +96,7 @@ class Consumer {
     }
 
     sum_rows(state);
+    if (p_.sink_logits != nullptr) join_sink(o, state, sink_logit(p_, tile) * kLog2E);
     normalise(o, state);
     stage_output<Traits>(shared_.query[query_.slot], o, place_);
     const int num_rows = count_rows();
@@ -226,7 +227,7 @@ class Consumer {
     for (int i = 0; i < Traits::kProbabilities; ++i) to[i] = from[i];
   }
 
-  PROXYATTN_DEVICE BlockRows rows() const { return read_rows(shared_.rows[query_.slot]); }
+  PROXYATTN_DEVICE RowKeys<int> keys() const { return read_keys(shared_.rows[query_.slot]); }
   PROXYATTN_DEVICE int count_rows() const { return read_beside(shared_.rows[query_.slot].count); }
 
   PROXYATTN_DEVICE uint64_t key() const {
@@ -270,10 +271,13 @@ class Consumer {
   PROXYATTN_DEVICE void mask_part(Scores& s, int whole_parts, int part) {
     if (part < whole_parts) return;
     constexpr int kCount = Traits::kScores / Traits::kParts;
-    const BlockRows all = rows();
-    const int limit[2] = {all.limit(place_.row()), all.limit(place_.row() + 8)};
-    mask_scores<kPart * kCount, kCount>(s, part * Traits::kPartRows + (place_.thread & 3) * 2,
-                                        limit);
+    const RowKeys<int> seen = keys();
+    const int column = part_of(part) * Traits::kPartRows + (place_.thread & 3) * 2;
+    const int end[2] = {seen.end(place_.row()), seen.end(place_.row() + 8)};
+    hide_from<kPart * kCount, kCount>(s, column, end);
+    if (!is_cut(part)) return;
+    const int begin[2] = {seen.begin(place_.row()), seen.begin(place_.row() + 8)};
+    hide_before<kPart * kCount, kCount>(s, column, begin);
   }
 
   const Problem& p_;

@@ -40,6 +40,10 @@ PROXYATTN_DEVICE void normalise(float (&o)[Outputs], const RowState& state) {
   for (int i = 0; i < Outputs; ++i) o[i] *= inverse[(i >> 1) & 1];
 }
 
+PROXYATTN_DEVICE float sink_logit(const Problem& p, const TileInfo& tile) {
+  return __ldg(p.sink_logits + tile.head);
+}
+
 // lse of the query block's row 0.
 PROXYATTN_DEVICE float* row_lse(const Problem& p, const TileInfo& tile) {
   const int64_t head = static_cast<int64_t>(tile.batch) * p.tiles.q_heads + tile.head;
@@ -152,7 +156,7 @@ PROXYATTN_DEVICE void finish_store(const GroupPlace& place, uint64_t* empty) {
   release_slot(empty);
 }
 
-// A tile without blocks: zeros and -inf, two threads a row. Then the slot goes back.
+// A tile without blocks: zeros, and the sink or -inf, two threads a row. Then the slot goes back.
 template <typename Traits>
 PROXYATTN_DEVICE void store_nothing(const Problem& p,
                                     SharedStorage<Traits>& shared,
@@ -165,7 +169,9 @@ PROXYATTN_DEVICE void store_nothing(const Problem& p,
   if (row < num_rows) {
     PROXYATTN_UNROLL
     for (int i = 0; i < half.kChunks; ++i) half.chunks[i] = make_uint4(0, 0, 0, 0);
-    if (p.lse != nullptr && (place.thread & 1) == 0) row_lse(p, tile)[row] = kMinusInfinity;
+    if (p.lse != nullptr && (place.thread & 1) == 0) {
+      row_lse(p, tile)[row] = p.sink_logits == nullptr ? kMinusInfinity : sink_logit(p, tile);
+    }
   }
   release_slot(&shared.query_barriers.empty[slot]);
 }

@@ -18,12 +18,14 @@ struct KeyOwner {
   int kv_start;  // token of the first key
   int kv_len;
   int num_kv_blocks;
+  int cut_parts;  // parts before this one hold keys that a window hides from some of the rows
 };
 
 struct KeyOrder {
   int blocks;  // key blocks to load; kNoMoreOrders: leave
   KeyOwner owner;
-  const int32_t* list;          // null: blocks - 1, ..., 0
+  const int32_t* list;  // null: last_block and those before it
+  int last_block;
   int32_t entries[kWarpLanes];  // the list's first
 };
 inline constexpr int kNoMoreOrders = -1;
@@ -34,18 +36,21 @@ PROXYATTN_DEVICE int steps_of(const Problem& p, int blocks) {
   return Traits::kLargeBlocks ? blocks * p.tiles_per_block : ceil_div(blocks, Traits::kParts);
 }
 
-// The key blocks of one query tile: a list in global memory, or all visible blocks from the last
+// The key blocks of one query tile: a list in global memory, or blocks from the last visible one
 // down. One warp reads it together, 32 entries at a time.
 class BlockWalk {
  public:
   PROXYATTN_DEVICE BlockWalk(const Problem& p, const KeyOrder& order, const KeyOwner& owner)
-      : p_(p), owner_(owner), list_(order.list), ahead_(order.entries[warp_lane()]) {}
+      : p_(p),
+        owner_(owner),
+        list_(order.list),
+        ahead_(list_ == nullptr ? order.last_block : order.entries[warp_lane()]) {}
 
-  // Block at place `i` of `count`; called by the whole warp with i counting up from 0. An entry
+  // Block at place `i`; called by the whole warp with i counting up from 0. An entry
   // that names no block becomes num_kv_blocks: wholly outside the tensor, so it loads zeros and is
   // masked.
-  PROXYATTN_DEVICE int block(int i, int count) {
-    if (list_ == nullptr) return count - 1 - i;
+  PROXYATTN_DEVICE int block(int i) {
+    if (list_ == nullptr) return ahead_ - i;
     if (i > 0 && i % kWarpLanes == 0) ahead_ = load_entry(p_, list_, i + warp_lane());
     const int entry = __shfl_sync(kAllLanes, ahead_, i % kWarpLanes);
     const int num_blocks = owner_.num_kv_blocks;
@@ -60,7 +65,7 @@ class BlockWalk {
   const Problem& p_;
   const KeyOwner& owner_;
   const int32_t* list_;
-  int ahead_;  // lane i holds entry i of the current 32
+  int ahead_;  // lane i holds entry i of the current 32; without a list the last block
 };
 
 }  // namespace proxyattn::cuda::sm90

@@ -58,12 +58,14 @@ Problem make_problem(const AttentionParams& a) {
   }
   p.indices = a.indices;
   p.counts = a.counts;
+  p.sink_logits = a.sink_logits;
   p.out = a.out;
   p.lse = a.lse;
   p.next_tile = static_cast<int32_t*>(a.workspace);
   p.out_batch_stride = a.out_strides.batch;
   p.out_token_stride = a.out_strides.token;
   p.out_head_stride = a.out_strides.head;
+  p.visibility = Visibility<int>(a.causal, a.window);
   p.tiles = make_tile_order(a, Traits::kHeads, section_bytes());
   p.list_capacity = static_cast<int>(a.list_capacity);
   p.sequence = {};
@@ -78,7 +80,6 @@ Problem make_problem(const AttentionParams& a) {
                                    (2 * a.head_dim * int64_t{sizeof(typename Traits::Element)}));
   p.kv_block = static_cast<int>(a.kv_block);
   p.tiles_per_block = max_of(1, static_cast<int>(a.kv_block) / Traits::kKeyRows);
-  p.causal = a.causal ? 1 : 0;
   p.rankings = a.indices != nullptr && a.lists_are_rankings ? 1 : 0;
   p.scale_log2 = a.scale * kLog2E;
   return p;

@@ -6,6 +6,7 @@
 #include <cuda.h>
 
 #include "common/sequence.h"
+#include "common/visibility.h"
 #include "cuda/attention/sm90/tile_order.h"
 
 namespace proxyattn::cuda::sm90 {
@@ -28,16 +29,18 @@ struct Problem {
   CUtensorMap v_row_map;  // boxes of one row by 64; only with packed sequences
   CUtensorMap out_map;    // [batch, q_heads, head_dim / 64, q_len, 64], boxes of 64 rows by 64
 
-  const int32_t* indices;  // [batch, list_heads, list_rows, list_capacity]; null: all visible
-  const int32_t* counts;   // [batch, q_heads, list_rows]; null with indices
-  void* out;               // for rows without blocks, which the copy engine does not write
-  float* lse;              // [batch, q_heads, lse_pitch]; null: not wanted
-  int32_t* next_tile;      // counts the tiles that have been taken beyond the first of each team
+  const int32_t* indices;    // [batch, list_heads, list_rows, list_capacity]; null: all visible
+  const int32_t* counts;     // [batch, q_heads, list_rows]; null with indices
+  const float* sink_logits;  // [q_heads]; null: none
+  void* out;                 // for rows without blocks, which the copy engine does not write
+  float* lse;                // [batch, q_heads, lse_pitch]; null: not wanted
+  int32_t* next_tile;        // counts the tiles that have been taken beyond the first of each team
 
   int64_t out_batch_stride;
   int64_t out_token_stride;
   int64_t out_head_stride;
 
+  Visibility<int> visibility;
   TileOrder tiles;
   SequenceTable packed;  // of no sequences: a batch of equal ones, `sequence`
   Sequence sequence;
@@ -49,7 +52,6 @@ struct Problem {
   int cached_keys;  // of a head, with their values, that fit the cache
   int kv_block;
   int tiles_per_block;  // key tiles in a key block, if they are no smaller; a power of two
-  int causal;           // 0 or 1
   int rankings;         // 1: lists name the visible blocks, each once
   int num_teams;        // of the launch
   float scale_log2;     // scale * log2(e): softmax runs on powers of two

@@ -65,27 +65,31 @@ class Producer {
       if constexpr (Traits::kLargeBlocks) {
         // From the block's end, as the blocks themselves usually come.
         const int in_block = step & (p_.tiles_per_block - 1);
-        if (in_block == 0) block = walk.block(step / p_.tiles_per_block, blocks);
+        if (in_block == 0) block = walk.block(step / p_.tiles_per_block);
         parts[0] = (block + 1) * p_.tiles_per_block - 1 - in_block;
       } else {
         PROXYATTN_UNROLL
         for (int i = 0; i < Traits::kParts; ++i) {
           const int place_in_list = step * Traits::kParts + i;
-          parts[i] = place_in_list < blocks ? walk.block(place_in_list, blocks) : kNoPart;
+          parts[i] = place_in_list < blocks ? walk.block(place_in_list) : kNoPart;
         }
       }
       const int page_before = page;
       if (place.is_paged()) page = place.page(first_key(parts));
       load_key(place, parts, page);
-      if (step > 0) load_value(place, key_parts_before(2), page_before);
+      if (step > 0) load_value(place, 2, page_before);
     }
-    if (steps > 0) load_value(place, key_parts_before(1), page);
+    if (steps > 0) load_value(place, 1, page);
   }
 
-  // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet.
-  PROXYATTN_DEVICE const Parts& key_parts_before(int tiles) const {
-    const int slot = key_.slot - tiles;
-    return shared_.key_parts[slot < 0 ? slot + Traits::kKeyStages : slot];
+  // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet. A
+  // barrier of the warp since then orders lane 0's stores before these reads.
+  PROXYATTN_DEVICE void read_key_parts(int tiles_before, Parts& parts) const {
+    const int slot = key_.slot - tiles_before;
+    PROXYATTN_UNROLL
+    for (int i = 0; i < Traits::kParts; ++i) {
+      parts[i] = part_of(shared_.key_parts[slot < 0 ? slot + Traits::kKeyStages : slot][i]);
+    }
   }
 
   PROXYATTN_DEVICE void load_key(const KeyPlace& place, const Parts& parts, int page) {
@@ -95,7 +99,10 @@ class Producer {
     if (leads_warp()) {
       // The arrival below orders these stores before the consumers' reads.
       PROXYATTN_UNROLL
-      for (int i = 0; i < Traits::kParts; ++i) shared_.key_parts[key_.slot][i] = parts[i];
+      for (int i = 0; i < Traits::kParts; ++i) {
+        const bool cut = parts[i] < place.owner.cut_parts;
+        shared_.key_parts[key_.slot][i] = cut ? mark_cut(parts[i]) : parts[i];
+      }
       expect(full, parts);
     }
     if (place.is_paged()) {
@@ -117,18 +124,24 @@ class Producer {
     key_.next();
   }
 
-  PROXYATTN_DEVICE void load_value(const KeyPlace& place, const Parts& parts, int page) {
+  // Of the key tile that was loaded so many tiles ago.
+  PROXYATTN_DEVICE void load_value(const KeyPlace& place, int tiles_before, int page) {
     uint64_t* full = &shared_.value_barriers.full[value_.slot];
     wait(&shared_.value_barriers.empty[value_.slot], value_.phase, ptx::WaitSite::kProducerValue);
+    Parts parts;
+    read_key_parts(tiles_before, parts);
     uint8_t* slot = shared_.value[value_.slot];
     if (leads_warp()) expect(full, parts);
     int tail = -1;
+    int tail_part = kNoPart;
     PROXYATTN_UNROLL
     for (int i = 0; i < Traits::kParts; ++i) {
-      if (place.template has_tail<Traits::kPartRows>(parts[i])) tail = i;
+      if (!place.template has_tail<Traits::kPartRows>(parts[i])) continue;
+      tail = i;
+      tail_part = parts[i];
     }
     if (place.is_paged() || tail >= 0) __syncwarp();  // bytes are announced before any arrive
-    if (tail >= 0) load_tail(slot + tail * Traits::kPartBytes, full, place, parts[tail]);
+    if (tail >= 0) load_tail(slot + tail * Traits::kPartBytes, full, place, tail_part);
     if (place.is_paged()) {
       load_page_box(slot, Traits::kPartBytes, Traits::kPartBoxBytes, &p_.v_map, full, place, parts,
                     page, tail);

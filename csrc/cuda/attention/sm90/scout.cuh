@@ -60,16 +60,9 @@ class Scout {
     __syncwarp();
   }
 
-  // Key blocks that any row of the query block sees.
-  PROXYATTN_DEVICE int visible_blocks(int row) const {
-    const int end = min((row + 1) * Traits::kBlockRows, sequence().q_len);
-    const int keys =
-        p_.causal ? min(sequence().offset + end, sequence().kv_len) : sequence().kv_len;
-    return ceil_div(max(keys, 0), p_.kv_block);
-  }
-
   PROXYATTN_DEVICE void give_order(const TilePlace& place, HeadBlocks (&heads)[2]) {
-    const int visible = visible_blocks(place.row);
+    KeyOrder& order = shared_.order;
+    const int visible = name_keys(place, order);
     const int64_t list_row = sequence().first_q_block + place.row;
     const int32_t* list = nullptr;
     if (p_.indices != nullptr) {
@@ -89,16 +82,34 @@ class Scout {
     // teams read the same keys.
     const int fewest = heads[1].head == kNoHead ? heads[0].blocks : heads[1].blocks;
     if (p_.rankings && fewest == visible) list = nullptr;
-    KeyOrder& order = shared_.order;
     order.entries[warp_lane()] = entry;
     if (leads_warp()) {
       order.blocks = heads[0].blocks;
-      order.owner = KeyOwner{p_.pages.table == nullptr ? place.batch : sequence().idx,
-                             place.kv_head, sequence().kv_start, sequence().kv_len,
-                             ceil_div(sequence().kv_len, p_.kv_block)};
       order.list = list;
     }
     pass_order();
+  }
+
+  // Whose keys are wanted, and how many blocks of them any row of the query block sees.
+  PROXYATTN_DEVICE int name_keys(const TilePlace& place, KeyOrder& order) const {
+    int visible = 0;
+    if (leads_warp()) {
+      const int first_query = place.row * Traits::kBlockRows;
+      const int num_rows = min(Traits::kBlockRows, sequence().q_len - first_query);
+      const RowKeys<int> keys =
+          p_.visibility.rows(sequence().offset + first_query, sequence().kv_len);
+      const KeyBlocks<int> seen = keys.blocks(num_rows - 1, p_.kv_block);
+      shared_.block = BlockRows{num_rows, keys};
+      order.owner = KeyOwner{p_.pages.table == nullptr ? place.batch : sequence().idx,
+                             place.kv_head,
+                             sequence().kv_start,
+                             sequence().kv_len,
+                             ceil_div(sequence().kv_len, p_.kv_block),
+                             ceil_div(keys.begin(num_rows - 1), Traits::kPartRows)};
+      order.last_block = seen.end - 1;
+      visible = seen.end - seen.first;
+    }
+    return __shfl_sync(kAllLanes, visible, 0);
   }
 
   // Each lane's arrival orders what it wrote before the producer's reads.
@@ -126,11 +137,8 @@ class Scout {
   PROXYATTN_DEVICE void load_query(const TilePlace& place, const HeadBlocks (&heads)[2]) {
     wait_query_slot();
     if (leads_warp()) {
-      const int first_query = place.row * Traits::kBlockRows;
-      const int token = sequence().q_start + first_query;
-      shared_.rows[query_.slot] = BlockRows{
-          min(Traits::kBlockRows, sequence().q_len - first_query),
-          p_.causal ? sequence().offset + first_query + 1 : sequence().kv_len, sequence().kv_len};
+      const int token = sequence().q_start + place.row * Traits::kBlockRows;
+      shared_.rows[query_.slot] = shared_.block;
       const int steps = steps_of<Traits>(p_, heads[0].blocks);
       PROXYATTN_UNROLL
       for (int group = 0; group < kTeamGroups; ++group) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/visibility.h"
 #include "cuda/attention/sm90/key_order.cuh"
 #include "cuda/attention/sm90/pairs.cuh"
 #include "cuda/attention/sm90/traits.h"
@@ -36,21 +37,32 @@ PROXYATTN_DEVICE TileInfo read_tile_info(const TileInfo& info) {
 // masked and at the end, so that it takes no registers in between.
 struct BlockRows {
   int count;
-  int first_limit;  // causal: position of row 0, plus one; otherwise kv_len
-  int kv_len;
-
-  // Row r sees keys [0, limit(r)).
-  PROXYATTN_DEVICE int limit(int row) const { return min(kv_len, first_limit + row); }
+  RowKeys<int> keys;
 };
 
-PROXYATTN_DEVICE BlockRows read_rows(const BlockRows& rows) {
-  return {read_beside(rows.count), read_beside(rows.first_limit), read_beside(rows.kv_len)};
+PROXYATTN_DEVICE RowKeys<int> read_keys(const BlockRows& rows) {
+  return {read_beside(rows.keys.first_begin), read_beside(rows.keys.first_end),
+          read_beside(rows.keys.num_keys)};
 }
 
 // Where a key tile comes from: a part is kPartRows keys, numbered from the first of the sequence.
 template <typename Traits>
 using TileParts = int[Traits::kParts];
 inline constexpr int kNoPart = (1 << 25) - 2;  // behind all keys, and its last key fits 32 bits
+
+// A part with keys that a window hides from some rows. Consumers look twice at parts that are not
+// before their first keys hidden from the other side; so a mark is a large number, and costs those
+// without it nothing.
+inline constexpr int kCutPart = 1 << 26;
+PROXYATTN_DEVICE int mark_cut(int part) {
+  return part | kCutPart;
+}
+PROXYATTN_DEVICE bool is_cut(int part) {
+  return (part & kCutPart) != 0;
+}
+PROXYATTN_DEVICE int part_of(int part) {
+  return part & ~kCutPart;
+}
 
 template <typename Traits>
 struct __align__(1024) SharedStorage {
@@ -64,9 +76,10 @@ struct __align__(1024) SharedStorage {
   KeyOrder order;
   KeyOwner owner;     // of the order that the producer works on
   Sequence sequence;  // of the tile that the scout works on
+  BlockRows block;    // likewise
   TileInfo tiles[Traits::kQueryStages][kTeamGroups];
   BlockRows rows[Traits::kQueryStages];
-  TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds
+  TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds, with marks
 };
 
 }  // namespace proxyattn::cuda::sm90

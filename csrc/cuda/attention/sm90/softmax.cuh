@@ -32,14 +32,24 @@ struct RowState {
 // whose largest number is 65504.
 inline constexpr float kLargestTileSum = 16384.0f;
 
-// -inf to the columns at and behind `limit[row]`, of scores [kFirst, kFirst + kCount). `column` is
+// -inf to the columns at and behind `end[row]`, of scores [kFirst, kFirst + kCount). `column` is
 // the first column among them that is this thread's.
 template <int kFirst, int kCount, int Scores>
-PROXYATTN_DEVICE void mask_scores(float (&s)[Scores], int column, const int (&limit)[2]) {
+PROXYATTN_DEVICE void hide_from(float (&s)[Scores], int column, const int (&end)[2]) {
   PROXYATTN_UNROLL
   for (int i = kFirst; i < kFirst + kCount; ++i) {
     const int c = column + (i - kFirst) / 4 * 8 + (i & 1);
-    if (c >= limit[(i >> 1) & 1]) s[i] = kMinusInfinity;
+    if (c >= end[(i >> 1) & 1]) s[i] = kMinusInfinity;
+  }
+}
+
+// The same to the columns before `begin[row]`.
+template <int kFirst, int kCount, int Scores>
+PROXYATTN_DEVICE void hide_before(float (&s)[Scores], int column, const int (&begin)[2]) {
+  PROXYATTN_UNROLL
+  for (int i = kFirst; i < kFirst + kCount; ++i) {
+    const int c = column + (i - kFirst) / 4 * 8 + (i & 1);
+    if (c < begin[(i >> 1) & 1]) s[i] = kMinusInfinity;
   }
 }
 
@@ -133,6 +143,21 @@ PROXYATTN_DEVICE void sum_rows(RowState& state) {
     state.sum[r] += __shfl_xor_sync(kAllLanes, state.sum[r], 1);
     state.sum[r] += __shfl_xor_sync(kAllLanes, state.sum[r], 2);
   }
+}
+
+// A column of this logit, in powers of two, and without a value joins rows whose sums are complete.
+template <int Outputs>
+PROXYATTN_DEVICE void join_sink(float (&o)[Outputs], RowState& state, float sink) {
+  float rescale[2];
+  PROXYATTN_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const float moved = fmaxf(state.reference[r], sink);
+    const float reference = softmax_reference(moved, 1.0f);
+    rescale[r] = softmax_rescale(state.reference[r], reference, 1.0f);
+    state.sum[r] = fmaf(state.sum[r], rescale[r], softmax_weight(sink, reference, 1.0f));
+    state.reference[r] = moved;
+  }
+  rescale_output(o, rescale);
 }
 
 }  // namespace proxyattn::cuda::sm90
