@@ -53,8 +53,7 @@ class Visibility {
   // Where `causal`, a query sees no key behind its own position, and of those up to it the last
   // `window`; 0: all.
   PROXYATTN_HOST_DEVICE Visibility(bool causal, int64_t window)
-      : causal_(causal),
-        window_(0 < window && window < kFar ? static_cast<Int>(window) : kFar) {}
+      : causal_(causal), window_(0 < window && window < kFar ? static_cast<Int>(window) : kFar) {}
 
   // Of queries from position `first` on.
   PROXYATTN_HOST_DEVICE RowKeys<Int> rows(Int first, Int num_keys) const {
