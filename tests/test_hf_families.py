@@ -102,6 +102,23 @@ def test_beams_find_the_tokens_of_sdpa(family):
     assert _sparse_layers(recording) == (family.generating or family.sparse)
 
 
+@pytest.mark.parametrize("is_padded", [False, True], ids=["whole", "padded"])
+@_families([family for family in RUN if "window" in {reason for _, reason in family.dense}])
+def test_windows_and_sinks_are_those_of_eager(family, is_padded):
+    """Whose masks and sinks are the model's own code: within 1e-5 of the largest logit."""
+    model, ids = family.make("eager"), _prompt()
+    mask = padded(ids, left=[0, 30], right=[0, 0, 20]) if is_padded else None
+    logits = {}
+    with torch.no_grad():
+        for implementation in ("eager", "proxyattn"):
+            model.set_attn_implementation(implementation)
+            logits[implementation] = model(**family.inputs(ids, mask)).logits
+    got, want = logits["proxyattn"], logits["eager"]
+    if is_padded:
+        got, want = got[mask.bool()], want[mask.bool()]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
 @_families(REFUSED)
 def test_what_the_hook_cannot_run_is_refused(family):
     model = family.make("proxyattn")
