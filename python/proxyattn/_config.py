@@ -14,6 +14,21 @@ def supported_configs() -> list[dict]:
     return _C.supported_configs()
 
 
+# A constant, which torch.compile can look into.
+_KERNELS = frozenset(
+    (config["device"], config["head_dim"], getattr(torch, config["dtype"]))
+    for config in supported_configs()
+)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def can_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether there is an attention kernel for such tensors on this device."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return False
+    return (device.type, head_dim, dtype) in _KERNELS
+
+
 def show_config() -> None:
     """Prints versions, CUDA architectures and the table of kernels of this build."""
     cuda = _C.cuda_version

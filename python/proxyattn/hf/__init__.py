@@ -12,9 +12,10 @@ reason to the logger ``proxyattn``, which says what would make it sparse. :func:
 ran where.
 """
 
-from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, legal_proxy_heads, register
+from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, register
 from proxyattn.hf._models import check_model, require_transformers
 from proxyattn.hf._recording import Recording, SparseCall, record
+from proxyattn.settings import legal_proxy_heads
 
 require_transformers()
 
