@@ -26,7 +26,7 @@ def counts(worker=None) -> dict[str, int]:
     Args:
         worker: vLLM's, which ``collective_rpc`` hands over; not looked at.
     """
-    return dict(_counts)
+    return {kind: number for kind, number in _counts.items() if number}
 
 
 def add(rows: Mapping[str, int], layers: int, dense_layers: Mapping[str, int]) -> None:
