@@ -116,6 +116,15 @@ def test_long_rows_are_sparse_and_others_are_vllms(monkeypatch, version, page, w
     assert proxyattn.vllm.counts() == {"decode": 2, "short": 2, "sparse": 2}
 
 
+def test_the_sparse_call_has_one_span_of_rows(monkeypatch, version):
+    step = Step(monkeypatch, version)
+    part = step.build().proxyattn.sparse
+    assert part.tokens == slice(72, 512) and part.cu_seqlens_q.tolist() == [0, 150, 240, 440]
+    assert part.seqused_k.tolist() == [150, 0, 500]  # the short row between has no keys
+    assert (part.max_seqlen_q, part.max_seqlen_k) == (200, 500)
+    assert part.block_table.data_ptr() == step.common.block_table_tensor[3].data_ptr()
+
+
 def test_the_metadata_of_all_rows_stays_right(monkeypatch, version):
     """Layers of a group that can't run sparse go by it, and by what it is scheduled with."""
     step = Step(monkeypatch, version, THIN)

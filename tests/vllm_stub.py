@@ -184,9 +184,10 @@ def install(monkeypatch, version, *, flash=True, device="cuda", config=None, wit
         "FlashAttentionMetadataBuilder": FlashBuilder,
         "FlashAttentionImpl": FlashImpl,
     }
-    triton = {
-        name.replace("Flash", "Triton"): type(name, (kind,), {}) for name, kind in parent.items()
-    }
+    triton = {}
+    for flash_name, kind in parent.items():
+        name = flash_name.replace("Flash", "Triton")
+        triton[name] = type(name, (kind,), {})
     modules = {
         "vllm": {"__version__": f"{version}.0"},
         "vllm.config": {"get_current_vllm_config": lambda: config},
