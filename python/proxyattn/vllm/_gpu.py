@@ -1,5 +1,6 @@
 """The backend on GPUs: FlashAttention's, or Triton's, with long rows sparse."""
 
+from proxyattn.vllm._notices import warn_once
 from proxyattn.vllm._versions import require_vllm
 
 require_vllm()
@@ -21,8 +22,10 @@ def _parent_classes() -> tuple[type, type, type]:
                 flash_attn.FlashAttentionMetadataBuilder,
                 flash_attn.FlashAttentionImpl,
             )
-    except ImportError:
-        pass
+        reason = "vLLM finds no version of it that this GPU can run"
+    except ImportError as error:
+        reason = str(error)
+    warn_once(f"proxyattn: dense rows run Triton's attention, FlashAttention is missing: {reason}")
     from vllm.v1.attention.backends import triton_attn
 
     return (
