@@ -229,7 +229,7 @@ def test_graphs_pages_and_order(monkeypatch, version):
     assert (
         backend.get_preferred_block_size(16) == 64 and backend.get_preferred_block_size(128) == 128
     )
-    assert backend.get_name() == "CUSTOM"
+    assert backend.get_name() == "CUSTOM" and not backend.supports_batch_invariance()
     assert backend.get_impl_cls() is step.gpu.ProxyImpl and backend.get_builder_cls() is builder
 
 

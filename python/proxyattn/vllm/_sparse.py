@@ -6,8 +6,8 @@ step needs: layers that can't run sparse go by the former, others by the latter.
 """
 
 from collections import Counter
-from dataclasses import asdict
 
+import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
@@ -33,6 +33,10 @@ class SparseBackend:
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"  # a member of vLLM's enumeration in all versions
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return False  # what a row reads depends on where its prompt is cut into steps
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
@@ -141,11 +145,12 @@ class SparseImpl:
         config = get_current_vllm_config()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self._sparse_settings = _settings_of_layer(config, num_heads, kv_heads)
+        self._arguments = self._sparse_settings.to_dict()
         self._max_model_len = config.model_config.max_model_len
         self.dense_reason = refuse_layer(
             head_size=head_size,
             dtype=config.model_config.dtype,
-            device=_device(),
+            device=torch.device(current_platform.device_type),
             max_model_len=self._max_model_len,
             alibi_slopes=alibi_slopes,
             sliding_window=sliding_window,
@@ -223,14 +228,8 @@ class SparseImpl:
             seqused_k=part.seqused_k,
             scale=self.scale,
             out=output[part.tokens],
-            **asdict(self._sparse_settings),
+            **self._arguments,
         )
-
-
-def _device():
-    import torch
-
-    return torch.device(current_platform.device_type)
 
 
 def _settings_of_layer(config, q_heads: int, kv_heads: int):
