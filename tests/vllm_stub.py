@@ -214,7 +214,9 @@ def install(monkeypatch, version, *, flash=True, device="cuda", config=None, wit
         "vllm.v1.attention.backends.triton_attn": triton,
     }
     for name in ("_sparse", "_gpu", "_cpu"):
-        monkeypatch.delitem(sys.modules, f"proxyattn.vllm.{name}", raising=False)
+        # Set before it is deleted, so that it is put back, or taken away again, after the test.
+        monkeypatch.setitem(sys.modules, f"proxyattn.vllm.{name}", None)
+        del sys.modules[f"proxyattn.vllm.{name}"]
     for name, content in modules.items():
         module = ModuleType(name)
         module.__path__ = []

@@ -17,7 +17,8 @@ os.environ.update(
 )
 
 
-def _missing_vllm() -> str | None:
+def missing_vllm() -> str | None:
+    """Why there is no vLLM for CPUs here, or None when there is."""
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     from vllm.platforms import current_platform
@@ -27,7 +28,7 @@ def _missing_vllm() -> str | None:
 
 def require_vllm():
     """Skips the module without vLLM for CPUs, or fails where it has to be there."""
-    reason = _missing_vllm()
+    reason = missing_vllm()
     if reason is None:
         return
     if os.environ.get("PROXYATTN_REQUIRE_VLLM", "0") not in ("", "0"):
