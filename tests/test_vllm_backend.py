@@ -118,11 +118,21 @@ def test_long_rows_are_sparse_and_others_are_vllms(monkeypatch, version, page, w
 
 def test_the_sparse_call_has_one_span_of_rows(monkeypatch, version):
     step = Step(monkeypatch, version)
-    part = step.build().proxyattn.sparse
+    (part,) = step.build().proxyattn.sparse
     assert part.tokens == slice(72, 512) and part.cu_seqlens_q.tolist() == [0, 150, 240, 440]
     assert part.seqused_k.tolist() == [150, 0, 500]  # the short row between has no keys
     assert (part.max_seqlen_q, part.max_seqlen_k) == (200, 500)
     assert part.block_table.data_ptr() == step.common.block_table_tensor[3].data_ptr()
+
+
+def test_spans_without_room_for_all_rows_are_several_calls(monkeypatch, version):
+    step = Step(monkeypatch, version, THIN)
+    whole = step.run()
+    step.builder._room = 1499  # the last three rows, of 500 keys at most, come to 1500
+    metadata = step.build()
+    first, second = metadata.proxyattn.sparse
+    assert first.seqused_k.tolist() == [150] and second.seqused_k.tolist() == [500]
+    assert torch.equal(step.run(metadata=metadata), whole)
 
 
 def test_the_metadata_of_all_rows_stays_right(monkeypatch, version):

@@ -5,7 +5,7 @@ import random
 import pytest
 from proxyattn import Settings
 from proxyattn.vllm import ServingSettings
-from proxyattn.vllm._memory import scratch_bytes
+from proxyattn.vllm._memory import keys_of_a_call, scratch_bytes
 from proxyattn.vllm._plan import count_kinds, kinds_of, make_plan
 
 LEAST = {"min_seqlen": 4096, "min_queries": 128}
@@ -18,10 +18,10 @@ def starts_of(queries):
     return starts
 
 
-def plan_of(queries, keys, **least):
+def plan_of(queries, keys, room=1 << 30):
     starts = starts_of(queries)
-    kinds = kinds_of(starts, keys, **{**LEAST, **least})
-    return kinds, make_plan(kinds, starts, keys)
+    kinds = kinds_of(starts, keys, **LEAST)
+    return kinds, make_plan(kinds, starts, keys, room)
 
 
 def test_decodes_alone_have_no_plan():
@@ -31,16 +31,18 @@ def test_decodes_alone_have_no_plan():
 
 def test_one_whole_prompt():
     _, plan = plan_of([8000], [8000])
-    assert plan.sparse.rows == (0, 1) and plan.sparse.tokens == (0, 8000)
-    assert (plan.sparse.max_queries, plan.sparse.max_keys) == (8000, 8000)
-    assert plan.dense == () and plan.hidden == ()
+    (sparse,) = plan.sparse
+    assert sparse.rows == (0, 1) and sparse.tokens == (0, 8000)
+    assert (sparse.max_queries, sparse.max_keys) == (8000, 8000)
+    assert plan.dense == () and sparse.hidden == ()
 
 
 def test_long_rows_behind_decodes_and_short_ones_are_one_span():
     kinds, plan = plan_of([1, 1, 40, 900, 2000, 5000], [9000, 10, 9000, 900, 30000, 5000])
     assert kinds == ["decode", "decode", "few queries", "short", "sparse", "sparse"]
-    assert plan.sparse.rows == (4, 6) and plan.sparse.tokens == (942, 7942)
-    assert (plan.sparse.max_queries, plan.sparse.max_keys) == (5000, 30000)
+    (sparse,) = plan.sparse
+    assert sparse.rows == (4, 6) and sparse.tokens == (942, 7942)
+    assert (sparse.max_queries, sparse.max_keys) == (5000, 30000)
     (dense,) = plan.dense
     assert dense.rows == (0, 4) and dense.tokens == (0, 942)
     assert (dense.max_queries, dense.max_keys) == (900, 9000)
@@ -48,8 +50,8 @@ def test_long_rows_behind_decodes_and_short_ones_are_one_span():
 
 def test_short_rows_between_long_ones_are_hidden_and_run_dense():
     _, plan = plan_of([1, 200, 300, 301, 400, 500], [7, 9000, 300, 301, 8000, 500])
-    assert plan.sparse.rows == (1, 5) and plan.hidden == (2, 3)
-    assert plan.sparse.max_keys == 9000
+    (sparse,) = plan.sparse
+    assert sparse.rows == (1, 5) and sparse.hidden == (2, 3) and sparse.max_keys == 9000
     assert [dense.rows for dense in plan.dense] == [(0, 1), (2, 4), (5, 6)]
     assert [dense.tokens for dense in plan.dense] == [(0, 1), (201, 802), (1202, 1702)]
 
@@ -57,8 +59,29 @@ def test_short_rows_between_long_ones_are_hidden_and_run_dense():
 def test_padding_is_in_no_dense_span():
     kinds, plan = plan_of([1, 0, 200, 0, 0], [5, 0, 5000, 0, 0])
     assert kinds == ["decode", None, "sparse", None, None]
-    assert plan.sparse.rows == (2, 3) and [dense.rows for dense in plan.dense] == [(0, 1)]
+    assert [sparse.rows for sparse in plan.sparse] == [(2, 3)]
+    assert [dense.rows for dense in plan.dense] == [(0, 1)]
     assert count_kinds(kinds) == {"decode": 1, "sparse": 1}
+
+
+@pytest.mark.parametrize(
+    ("room", "spans"),
+    [
+        (3 * 9000, [(0, 3)]),
+        (3 * 9000 - 1, [(0, 2), (2, 3)]),
+        (2 * 6000 - 1, [(0, 1), (1, 2), (2, 3)]),
+        (1, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_a_call_has_room_for_rows_times_their_most_keys(room, spans):
+    _, plan = plan_of([500, 600, 700], [5000, 6000, 9000], room)
+    assert [sparse.rows for sparse in plan.sparse] == spans
+
+
+def test_short_rows_between_calls_are_in_none():
+    _, plan = plan_of([500, 600, 700], [5000, 600, 9000], room=1)
+    assert [sparse.rows for sparse in plan.sparse] == [(0, 1), (2, 3)]
+    assert all(sparse.hidden == () for sparse in plan.sparse)
 
 
 @pytest.mark.parametrize(
@@ -86,15 +109,15 @@ def test_every_query_is_in_one_part(seed):
     queries = [choose.choice([0, 1, 1, 50, 200, 3000]) for _ in range(choose.randint(1, 12))]
     keys = [number + choose.choice([0, 0, 5000]) for number in queries]
     starts = starts_of(queries)
-    kinds, plan = plan_of(queries, keys)
+    kinds, plan = plan_of(queries, keys, room=choose.choice([1, 10000, 20000, 1 << 30]))
     if plan is None:
         assert "sparse" not in kinds
         return
     seen = [0] * starts[-1]
-    first, last = plan.sparse.rows
-    for row in range(first, last):
-        if row not in plan.hidden:
+    for span in plan.sparse:
+        for row in set(range(*span.rows)) - set(span.hidden):
             assert kinds[row] in ("sparse", None)
+            assert queries[row] <= span.max_queries and keys[row] <= span.max_keys
             for token in range(starts[row], starts[row + 1]):
                 seen[token] += 1
     for span in plan.dense:
@@ -150,8 +173,8 @@ def test_proxy_heads_fit_the_heads_of_a_rank():
 def test_memory_of_a_call_as_the_readme_has_it():
     settings = Settings().resolve(32, 8)
     mib = 1 << 20
-    # 131072 / 4 windows of 8 heads of 128 in two bytes, the pieces and the kernels' own.
-    assert scratch_bytes(settings, 32, 8, 128, 2, 131072) == (64 + 512 + 288) * mib
-    million = scratch_bytes(settings, 64, 8, 128, 2, 1 << 20)
-    assert million == (512 + 512 + 288) * mib
-    assert scratch_bytes(settings, 64, 8, 128, 2, 1 << 21) == (1024 + 512 + 576) * mib
+    # 131072 / 4 windows of 8 heads of 128 in two bytes and an eighth, the pieces, the kernels' own.
+    assert scratch_bytes(settings, 32, 8, 128, 2, 131072) == (72 + 512 + 288) * mib
+    assert scratch_bytes(settings, 64, 8, 128, 2, 1 << 20) == (576 + 512 + 288) * mib
+    assert scratch_bytes(settings, 64, 8, 128, 2, 1 << 21) == (1152 + 512 + 576) * mib
+    assert keys_of_a_call(4096) == 1 << 19 and keys_of_a_call(1 << 20) == 1 << 20

@@ -16,6 +16,16 @@ _KERNELS = 288 * _MEBIBYTE
 # The numbers of logits that the latter holds for.
 _PROXY_LOGITS = 1 << 24
 _HEAD_LOGITS = 1 << 26
+# Keys that there is room for anyway, so that several prompts of a step are one call: a quarter of a
+# GiB of proxies for 8 heads of 128.
+_LEAST_KEYS = 1 << 19
+# Proxies that a row of many may have more.
+_SPARE = 1.125
+
+
+def keys_of_a_call(max_model_len: int) -> int:
+    """Rows times the most keys of one, that a call of several rows may come to."""
+    return max(max_model_len, _LEAST_KEYS)
 
 
 def scratch_bytes(
@@ -26,18 +36,18 @@ def scratch_bytes(
     element_bytes: int,
     num_keys: int,
 ) -> int:
-    """The most that one call takes whose sequences have ``num_keys`` keys together."""
+    """The most that one call takes, of ``num_keys`` keys as :func:`keys_of_a_call` counts them."""
     heads = settings.num_proxy_heads
     windows = -(-num_keys // settings.stride)
-    proxies = windows * min(heads, kv_heads) * head_dim * element_bytes
+    proxies = int(windows * _SPARE) * min(heads, kv_heads) * head_dim * element_bytes
     times = max(1, heads * num_keys / _PROXY_LOGITS, q_heads * num_keys / _HEAD_LOGITS)
     return proxies + _PIECES + int(times * _KERNELS)
 
 
-def hold_scratch(query: Tensor, kv_heads: int, max_model_len: int, settings: Settings) -> None:
+def hold_scratch(query: Tensor, kv_heads: int, num_keys: int, settings: Settings) -> None:
     """Takes a call's memory from the device for a moment, where there is one."""
     if not query.is_cuda:
         return
     _, q_heads, head_dim = query.shape
-    size = scratch_bytes(settings, q_heads, kv_heads, head_dim, query.element_size(), max_model_len)
+    size = scratch_bytes(settings, q_heads, kv_heads, head_dim, query.element_size(), num_keys)
     torch.empty(size, dtype=torch.uint8, device=query.device)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxyattn.vllm._plan import Plan, Span
+from proxyattn.vllm._plan import Span
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,18 @@ class SparsePart:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a layer's forward pass does: one sparse call, then dense calls with vLLM's metadata."""
+    """What a layer's forward pass does: sparse calls, one as a rule, then vLLM's, dense."""
 
-    sparse: SparsePart
+    sparse: tuple[SparsePart, ...]
     dense: tuple[tuple[slice, Any], ...]
 
 
-def sparse_part(common, plan: Plan) -> SparsePart:
-    """The sparse call of a plan, from a ``CommonAttentionMetadata``."""
-    span = plan.sparse
+def sparse_part(common, span: Span) -> SparsePart:
+    """The sparse call of a span, from a ``CommonAttentionMetadata``."""
     rows = slice(*span.rows)
     keys = common.seq_lens[rows]
-    if plan.hidden:
-        keys = keys * _shown(plan, keys.device)
+    if span.hidden:
+        keys = keys * _shown(span, keys.device)
     return SparsePart(
         tokens=slice(*span.tokens),
         cu_seqlens_q=_starts(common.query_start_loc, span),
@@ -55,10 +54,9 @@ def _starts(starts: Tensor, span: Span) -> Tensor:
     return own - span.tokens[0] if span.tokens[0] else own
 
 
-def _shown(plan: Plan, device: torch.device) -> Tensor:
+def _shown(span: Span, device: torch.device) -> Tensor:
     """int32 ``[rows]``: 0 for hidden rows, 1 for others."""
-    first, last = plan.sparse.rows
-    shown = [int(row not in plan.hidden) for row in range(first, last)]
+    shown = [int(row not in span.hidden) for row in range(*span.rows)]
     # From pinned memory the copy doesn't wait.
     host = torch.tensor(shown, dtype=torch.int32, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)

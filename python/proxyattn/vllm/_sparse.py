@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from proxyattn.varlen import proxy_attention_varlen
 from proxyattn.vllm import _counts
-from proxyattn.vllm._memory import hold_scratch
+from proxyattn.vllm._memory import hold_scratch, keys_of_a_call
 from proxyattn.vllm._notices import info_once, warn_once
 from proxyattn.vllm._parts import Parts, dense_part, sparse_part
 from proxyattn.vllm._plan import DECODE, SPARSE, Span, count_kinds, kinds_of, make_plan
@@ -59,6 +59,7 @@ class SparseBuilder:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._serving = ServingSettings.from_config(vllm_config.additional_config)
         self._page_size = kv_cache_spec.block_size
+        self._room = keys_of_a_call(vllm_config.model_config.max_model_len)
         layers = vllm_config.compilation_config.static_forward_context
         reasons = [layers[name].impl.dense_reason for name in layer_names if name in layers]
         self._dense_layers = Counter(reason for reason in reasons if reason is not None)
@@ -94,11 +95,11 @@ class SparseBuilder:
                 say(refusal)
                 kinds = [refusal if kind == SPARSE else kind for kind in kinds]
         self._count(count_kinds(kinds))
-        plan = make_plan(kinds, starts, keys) if self._num_sparse_layers else None
+        plan = make_plan(kinds, starts, keys, self._room) if self._num_sparse_layers else None
         if plan is None:
             return None
         dense = tuple((slice(*span.tokens), self._build_dense(common, span)) for span in plan.dense)
-        return Parts(sparse_part(common, plan), dense)
+        return Parts(tuple(sparse_part(common, span) for span in plan.sparse), dense)
 
     def _build_dense(self, common, span: Span):
         # Fast, since FlashAttention 3's schedule has one buffer, which that of all rows is in.
@@ -191,7 +192,8 @@ class SparseImpl:
                 output_scale,
                 output_block_scale,
             )
-        self._attend(query, kv_cache, parts.sparse, output)
+        for part in parts.sparse:
+            self._attend(query, kv_cache, part, output)
         for tokens, metadata in parts.dense:
             new_keys = (x if x is None else x[tokens] for x in (key, value))
             super().forward(layer, query[tokens], *new_keys, kv_cache, metadata, output[tokens])
@@ -201,7 +203,8 @@ class SparseImpl:
         if self.dense_reason is not None:
             return None
         if metadata is None:  # vLLM measures how much memory a step takes
-            hold_scratch(query, self.num_kv_heads, self._max_model_len, self._sparse_settings)
+            num_keys = keys_of_a_call(self._max_model_len)
+            hold_scratch(query, self.num_kv_heads, num_keys, self._sparse_settings)
             return None
         parts = getattr(metadata, "proxyattn", None)
         if parts is None:
