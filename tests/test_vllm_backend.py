@@ -1,6 +1,7 @@
 """What proxyattn.vllm makes of vLLM's classes, with stand-ins for these: rows go where the plan
 says, and all that it can't do to vLLM's own code."""
 
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -244,10 +245,22 @@ def test_graphs_pages_and_order(monkeypatch, version):
 
 
 def test_before_there_is_metadata_vllm_fills_the_output(monkeypatch, version):
+    """And a call's scratch is held, unless there are too few tokens for a long row."""
     step = Step(monkeypatch, version)
-    output = torch.ones_like(step.query)
-    step.impls[0].forward(None, step.query, None, None, step.cache, None, output)
-    assert not output.any()
+    held = []
+    monkeypatch.setattr(
+        import_module("proxyattn.vllm._sparse"), "hold_scratch", partial(_note, held)
+    )
+    for tokens in (63, 64):
+        query = step.query[:tokens]
+        output = torch.ones_like(query)
+        step.impls[0].forward(None, query, None, None, step.cache, None, output)
+        assert not output.any()
+    assert held == [(KV_HEADS, 1 << 20)]
+
+
+def _note(held, query, kv_heads, num_keys, settings):
+    held.append((kv_heads, num_keys))
 
 
 def test_settings_and_changed_proxy_heads_are_logged_once(monkeypatch, caplog, version):

@@ -45,8 +45,8 @@ def scratch_bytes(
 
 
 def hold_scratch(query: Tensor, kv_heads: int, num_keys: int, settings: Settings) -> None:
-    """Takes a call's memory from the device for a moment, where there is one."""
-    if not query.is_cuda:
+    """Takes a call's memory from the device for a moment; not on CPUs, nor into a graph's pool."""
+    if not query.is_cuda or torch.cuda.is_current_stream_capturing():
         return
     _, q_heads, head_dim = query.shape
     size = scratch_bytes(settings, q_heads, kv_heads, head_dim, query.element_size(), num_keys)

@@ -14,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from proxyattn.settings import Settings
 from proxyattn.varlen import proxy_attention_varlen
 from proxyattn.vllm import _counts
 from proxyattn.vllm._memory import hold_scratch, keys_of_a_call
@@ -145,7 +146,9 @@ class SparseImpl:
         )
         config = get_current_vllm_config()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self._sparse_settings = _settings_of_layer(config, num_heads, kv_heads)
+        serving = ServingSettings.from_config(config.additional_config)
+        self._min_queries = serving.min_queries
+        self._sparse_settings = _settings_of_layer(serving, num_heads, kv_heads)
         self._arguments = self._sparse_settings.to_dict()
         self._max_model_len = config.model_config.max_model_len
         self.dense_reason = refuse_layer(
@@ -202,9 +205,11 @@ class SparseImpl:
     def _parts_of(self, metadata, query, kv_cache, output_scale) -> Parts | None:
         if self.dense_reason is not None:
             return None
-        if metadata is None:  # vLLM measures how much memory a step takes
-            num_keys = keys_of_a_call(self._max_model_len)
-            hold_scratch(query, self.num_kv_heads, num_keys, self._sparse_settings)
+        if metadata is None:
+            # vLLM measures how much memory a step takes, or steps without requests.
+            if query.shape[0] >= self._min_queries:
+                num_keys = keys_of_a_call(self._max_model_len)
+                hold_scratch(query, self.num_kv_heads, num_keys, self._sparse_settings)
             return None
         parts = getattr(metadata, "proxyattn", None)
         if parts is None:
@@ -235,9 +240,8 @@ class SparseImpl:
         )
 
 
-def _settings_of_layer(config, q_heads: int, kv_heads: int):
+def _settings_of_layer(serving: ServingSettings, q_heads: int, kv_heads: int) -> Settings:
     """The settings that fit a layer, which has the heads of one rank; what they are is logged."""
-    serving = ServingSettings.from_config(config.additional_config)
     settings = serving.settings.fit(q_heads, kv_heads)
     if settings is not serving.settings:
         warn_once(
