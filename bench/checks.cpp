@@ -272,7 +272,8 @@ void check_select(Machine& machine, const SelectParams& params) {
       const std::vector<float> peak = scores_of(params.peak, batch_idx, row);
       const std::vector<float> mass =
           top_p ? scores_of(params.mass, batch_idx, row) : std::vector<float>{};
-      std::vector<int32_t> indices(peak.size());
+      std::vector<int32_t> indices(
+          static_cast<std::size_t>(params.proxy_heads * params.list_capacity));
       std::vector<int32_t> counts(static_cast<std::size_t>(params.q_heads));
       SelectParams host = params;
       host.batch = 1;
@@ -290,7 +291,7 @@ void check_select(Machine& machine, const SelectParams& params) {
       const int32_t* const got_counts = params.counts;
       compare_integers("indices",
                        download_row(machine, got_indices, batch_idx, params.proxy_heads,
-                                    num_list_rows, list_row, width),
+                                    num_list_rows, list_row, params.list_capacity),
                        indices, /*slack=*/0);
       // A sum that meets what is needed within rounding may do so one block earlier or later.
       compare_integers("counts",
@@ -306,7 +307,7 @@ namespace {
 // The queries of one block that are checked: its first ones in the middle of the sequence, its last
 // ones at both ends.
 struct QuerySample {
-  int64_t row;    // of the lists
+  int64_t row;    // query block, counted from the first of the call
   int64_t begin;  // first query
   int64_t count;
 };
@@ -330,14 +331,15 @@ HostLists download_lists(
     Machine& machine, const AttentionParams& p, int64_t row, int64_t batch_idx, int64_t kv_head) {
   HostLists lists;
   if (p.indices == nullptr) return lists;
-  const int64_t num_rows = p.rows.end - p.rows.begin;
+  const int64_t num_rows = p.list_rows.end - p.list_rows.begin;
+  const int64_t list_row = p.rows.begin + row - p.list_rows.begin;
   const int64_t group = p.q_heads / p.kv_heads;
   for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const int64_t list = batch_idx * p.list_heads + head / (p.q_heads / p.list_heads);
-    const int32_t* const entries = p.indices + (list * num_rows + row) * p.list_capacity;
+    const int32_t* const entries = p.indices + (list * num_rows + list_row) * p.list_capacity;
     const auto row_entries = download(machine, entries, p.list_capacity);
     lists.indices.insert(lists.indices.end(), row_entries.begin(), row_entries.end());
-    const int64_t count_row = (batch_idx * p.q_heads + head) * num_rows + row;
+    const int64_t count_row = (batch_idx * p.q_heads + head) * num_rows + list_row;
     lists.counts.push_back(download(machine, p.counts + count_row, 1)[0]);
   }
   return lists;

@@ -16,6 +16,8 @@
 #include "proxyattn/score.h"
 #include "proxyattn/select.h"
 
+#include "common/tokens.h"
+
 namespace proxyattn::bench {
 
 // The core's functions of one device. The CPU ignores the stream.
@@ -104,10 +106,6 @@ std::vector<T> download(Machine& machine, const T* from, int64_t count) {
   std::vector<T> values(static_cast<std::size_t>(count));
   machine.download(values.data(), from, count * static_cast<int64_t>(sizeof(T)));
   return values;
-}
-
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
 }
 
 }  // namespace proxyattn::bench

@@ -30,6 +30,7 @@ from peers_inputs import (
     random_inputs,
     selected_blocks,
 )
+from peers_packs import ExactSequences, Pack, packed_builders, random_pack
 from peers_timing import as_graph
 from torch import Tensor
 
@@ -319,10 +320,76 @@ def pipeline_entry(inputs: Inputs, proxies: int, mode: str, settings: dict, benc
     return Entry(lambda: call, flops, ExactRows(inputs, chosen=chosen), note)
 
 
+# ---- serving
+
+
+def serving_cases(args: argparse.Namespace) -> Cases:
+    lengths = args.lengths or ([512] if args.device == "cpu" else [65536])
+    return [
+        (
+            case_of(shape, seqs="mix", density=args.read or END_TO_END_DENSITY),
+            functools.partial(serving_entries, shape),
+        )
+        for shape in (Shape(n, *heads, args.head_dim) for heads in args.heads for n in lengths)
+    ]
+
+
+def serving_entries(shape: Shape, bench) -> Entries:
+    """Sequences up to the length in one call, keys packed or in pages, and one by one; then dense.
+
+    The minimum budget is the same for all of them, and makes the density of the longest.
+    """
+    pack = random_pack(shape, bench.dtype, bench.device)
+    size, proxies = PIPELINE_BLOCK, shape.kv_heads
+    density = bench.args.read or END_TO_END_DENSITY
+    blocks = blocks_for_density(-(-shape.length // size), density)
+    sparse = {"gamma": ALMOST_NOTHING, "min_budget": size * blocks}
+    settings = {"stride": bench.args.stride, "block_size": size, "num_proxy_heads": proxies}
+
+    def chosen(inputs: Inputs) -> Chosen:
+        lists = Estimation(inputs, proxies, bench.args.stride, size, **sparse).all()
+        return selected_blocks(*lists, size)
+
+    exact = ExactSequences(pack, lambda inputs: ExactRows(inputs, chosen=chosen(inputs)))
+    num_blocks = sum(chosen(pack.sequence(i)).num_blocks for i in range(len(pack.lengths)))
+    flops = shape.block_flops(num_blocks, size)
+    calls = {
+        f"{OURS} one call": functools.partial(ours_packed, pack, 0, **settings, **sparse),
+        f"{OURS} pages of 64": functools.partial(ours_packed, pack, 64, **settings, **sparse),
+        f"{OURS} pages of 16": functools.partial(ours_packed, pack, 16, **settings, **sparse),
+        f"{OURS} one by one": functools.partial(ours_one_by_one, pack, **settings, **sparse),
+    }
+    entries = {who: Entry(build, flops, exact) for who, build in calls.items()}
+    dense = {
+        f"{OURS} all blocks": functools.partial(ours_packed, page=0, **settings, gamma=1.0),
+        **packed_builders(bench.device),
+    }
+    exact = ExactSequences(pack, ExactRows)
+    for who, build in dense.items():
+        entries[who] = Entry(functools.partial(build, pack), pack.dense_flops(), exact)
+    return entries
+
+
+def ours_packed(pack: Pack, page: int, **settings) -> Callable[[], Tensor]:
+    arguments = pack.arguments(page)
+    return lambda: proxyattn.proxy_attention_varlen(**arguments, **settings)
+
+
+def ours_one_by_one(pack: Pack, **settings) -> Callable[[], Tensor]:
+    sequences = [pack.sequence(i) for i in range(len(pack.lengths))]
+
+    def call() -> Tensor:
+        outs = [proxyattn.proxy_attention(x.q, x.k, x.v, **settings)[0] for x in sequences]
+        return torch.cat(outs)
+
+    return call
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], Cases]] = {
     "dense": dense_cases,
     "sparse": sparse_cases,
     "select": select_cases,
     "estimate": estimate_cases,
     "end2end": end_to_end_cases,
+    "serving": serving_cases,
 }

@@ -6,9 +6,10 @@ form "The secret number of amber falcon is 48213." stand at line breaks anywhere
 questions follow with their answers, so that one forward pass shows which of them a model knows.
 """
 
+import ast
 import random
-import re
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -32,7 +33,7 @@ _NOUNS = """
     anchor badger beacon breeze canyon castle cloud crane delta eagle falcon forest glacier harbor
     island lantern maple otter pebble raven spruce tower willow wolf
 """
-_DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)
+_LEAST_DOCSTRING = 200  # characters; shorter ones are hardly prose
 _MAX_DOCSTRINGS = 20_000  # characters of one file, so that a prompt holds many files
 
 
@@ -50,7 +51,21 @@ class Style:
         source = path.read_text(encoding="utf-8", errors="replace")
         if self is STYLES["code"]:
             return f"\n# file: {path.name}\n{source}"
-        return "\n\n".join(_DOCSTRING.findall(source))[:_MAX_DOCSTRINGS] + "\n\n"
+        return "\n\n".join(_docstrings(source))[:_MAX_DOCSTRINGS] + "\n\n"
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():  # the source is not ours
+            warnings.simplefilter("ignore")
+            module = ast.parse(source)
+    except SyntaxError:
+        return
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(module):
+        text = ast.get_docstring(node) if isinstance(node, holders) else None
+        if text and len(text) >= _LEAST_DOCSTRING:
+            yield text
 
 
 STYLES = {
@@ -129,14 +144,25 @@ def _lines(tokenizer, style: Style, num_tokens: int, rng: random.Random) -> list
     """Lines of text as tokens, exactly ``num_tokens`` of them together."""
     lines, left = [], num_tokens
     for text in _texts(style, rng):
-        for line in tokenizer(text.splitlines(keepends=True), add_special_tokens=False)[
-            "input_ids"
-        ]:
+        for line in _tokens_by_line(tokenizer, text):
             if left <= 0:
                 return lines
             lines.append(line[:left])
             left -= len(lines[-1])
     raise ValueError(f"quality: length must not exceed the text at hand, short of {left} tokens")
+
+
+def _tokens_by_line(tokenizer, text: str) -> Iterator[list[int]]:
+    """The tokens of the whole text, cut before line breaks: some reach from line to line."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    line = []
+    for token, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if line and text[start : start + 1] == "\n":
+            yield line
+            line = []
+        line.append(token)
+    if line:
+        yield line
 
 
 def _texts(style: Style, rng: random.Random) -> Iterator[str]:

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 import proxyattn
 import pytest
 import torch
+from ranks import Ranks
 
 
 def _missing_cuda() -> str | None:
@@ -69,6 +70,14 @@ def much_memory(tmp_path_factory):
         yield
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Four processes of a gloo group."""
+    processes = Ranks(tmp_path_factory.mktemp("ranks"), world=4)
+    yield processes
+    processes.stop()
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ import sys
 
 import proxyattn
 import torch
+from arguments import smallest_workspace
+from packs import OPS, WITH_OUT, arguments_of, random_pack
 
 
 def random_tensor(*shape, dtype):
@@ -70,6 +72,44 @@ def run_pipelines(q, k, v, causal, stride, pooling, block_size, proxies, mode):
         assert_finite(proxyattn.proxy_attention(q, k, v, gamma=0.7, shares=zeros, **settings))
 
 
+#: Ragged, empty, behind a cached prefix, and more queries than keys.
+PACKED_LENGTHS = [(130, 130), (0, 70), (70, 331), (65, 20), (1, 1)]
+#: Where their keys lie, and how.
+PLACES = ((None, "two"), (16, "halves"), (64, "pairs"), (128, "heads_first"))
+
+
+def run_packed(page, cache, head_dim, block_size, stride, dtype, pooling, proxies):
+    """Tokens that belong to no sequence are NaN, and tables name pages that there are none of."""
+    pack = random_pack("cuda", PACKED_LENGTHS, (4, 2), head_dim, dtype, page, cache)
+    used = slice(0, pack.rest().start)
+    settings = {
+        "block_size": block_size,
+        "stride": stride,
+        "pooling": pooling,
+        "num_proxy_heads": proxies,
+        "min_budget": 0,
+    }
+    for op in OPS:
+        arguments = arguments_of(op, pack)
+        if op == "block_sparse_attention_varlen":
+            # Its lists are of blocks of 64.
+            assert_finite(getattr(proxyattn, op)(**arguments, block_size=64)[0][used])
+            continue
+        for mode, gamma in (("top_p", 0.7), ("last_block", 0.7), ("top_p", 1.0)):
+            chain = {**arguments, **settings, "budget_mode": mode, "gamma": gamma}
+            # In one piece, and query block by query block.
+            for limit in (None, smallest_workspace(chain, op=op)):
+                result = getattr(proxyattn, op)(**chain, max_workspace_bytes=limit)
+                if op in WITH_OUT:
+                    assert_finite(result[used])
+
+
+def packed_cases():
+    """Every head_dim and block size meets every place of keys in one of the families."""
+    axes = itertools.product(("", "sm80"), (64, 128, 256), (64, 128), PLACES)
+    return [case for i, case in enumerate(axes) if (i + i // 8) % 2 == 0]
+
+
 def main():
     torch.manual_seed(0)
     shapes = [(1, 1, True), (65, 65, True), (130, 331, True), (200, 77, False)]
@@ -83,8 +123,15 @@ def main():
         dtype = torch.float16 if block_size == 64 else torch.bfloat16
         stride = {64: 1, 128: 4, 256: 8}[head_dim]
         run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype, pooling, proxies)
+    packed = packed_cases()
+    for i, (family, head_dim, block_size, place) in enumerate(packed[part - 1 :: parts]):
+        os.environ["PROXYATTN_FAMILY"] = family
+        dtype = torch.float16 if block_size == 64 else torch.bfloat16
+        stride = {64: 1, 128: 4, 256: 8}[head_dim]
+        run_packed(*place, head_dim, block_size, stride, dtype, *POOLINGS[i % 3])
     torch.cuda.synchronize()
-    print(f"all ops ran, {len(mine)} of {len(cases)} cases")
+    count = len(mine) + len(packed[part - 1 :: parts])
+    print(f"all ops ran, {count} of {len(cases) + len(packed)} cases")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,43 @@ def test_stage_runs_and_reports(stage, device):
         assert case["samples"] >= 1
 
 
+#: Sequences packed with and without pages, and one by one.
+PACKED = (["--seqs=3,mix", "--page=0,16"], ["--seqs=3,mix", "--calls=each"])
+
+
+@pytest.mark.parametrize("axes", PACKED, ids=["one-call", "one-by-one"])
+@pytest.mark.parametrize("stage", ["attention", "pipeline"])
+def test_packed_sequences(stage, axes, device):
+    """Each looked at sequence is held against dense stages."""
+    binary = find_binary(f"bench_{stage}")
+    options = ["--device", device, "--repeats=1", "--json", "--q_heads=4", "--kv_heads=2"]
+    result = run([binary, *options, *TINY[stage], "--length=300", "--dtype=bf16", *axes])
+    if device == "cuda" and "build without CUDA" in result.stderr:
+        pytest.skip(f"bench_{stage} was built without CUDA")
+    assert result.returncode == 0, result.stdout + result.stderr
+    cases = json_lines(result.stdout)[1:]
+    assert len(cases) > 4 and all(case["status"] == "ok" for case in cases)
+
+
+def test_a_pack_of_equals_counts_what_a_batch_does():
+    binary = find_binary("bench_attention")
+    common = ["--length=256", "--q_heads=4", "--kv_heads=2", "--head_dim=64", "--dtype=fp32"]
+    common += ["--lists=nested:0.5", "--block_size=64", "--json"]
+    flops = []
+    for axes in (
+        ["--batch=3"],
+        ["--seqs=3"],
+        ["--seqs=3", "--page=32"],
+        ["--seqs=3", "--calls=each"],
+    ):
+        result = run([binary, *common, *axes])
+        assert result.returncode == 0, result.stdout + result.stderr
+        case = json_lines(result.stdout)[1]
+        flops.append(case["tflops"] * case["median_ms"])
+    # Lists are drawn anew for each entry of a batch, but are as long as those of the first.
+    assert flops == pytest.approx([flops[0]] * 4, rel=1e-3)
+
+
 def test_attention_counts_executed_blocks():
     binary = find_binary("bench_attention")
     common = ["--length=256", "--q_heads=2", "--kv_heads=1", "--head_dim=64", "--dtype=fp32"]
@@ -220,12 +257,41 @@ def test_peers_on_cpu(tmp_path):
     assert header["type"] == "header"
     assert {case["status"] for case in cases} == {"ok"}, result.stdout
     assert {case["bench"] for case in cases} == {
-        f"peers.{section}" for section in ("dense", "sparse", "select", "estimate", "end2end")
+        f"peers.{section}"
+        for section in ("dense", "sparse", "select", "estimate", "end2end", "serving")
     }
     checked = [case for case in cases if case["bench"] != "peers.estimate"]
     assert {case["case"]["who"].split()[0] for case in checked} == {"proxyattn", "torch"}
     # Both are fp32 and so is the exact attention that they are held against.
     assert all(case["error"] < 1e-5 for case in checked)
+
+
+def test_peers_mix_is_what_it_says(monkeypatch):
+    """32 sequences from 1K to 64K tokens, 256K together."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from peers_packs import mix_lengths
+
+    lengths = mix_lengths(65536)
+    assert len(lengths) == 32 and (min(lengths), max(lengths)) == (1024, 65536)
+    assert sum(lengths) == pytest.approx(262144, rel=1e-3)
+    assert lengths != sorted(lengths)
+
+
+def test_peers_pages_hold_the_tokens(monkeypatch):
+    """In any order, and nothing else is named."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from peers_inputs import Shape
+    from peers_packs import random_pack
+
+    pack = random_pack(Shape(200, 2, 1, 64), torch.float32, torch.device("cpu"))
+    given = pack.arguments(page=16)
+    assert given["seqused_k"].tolist() == pack.lengths
+    for i, length in enumerate(pack.lengths):
+        pages = given["block_table"][i, : -(-length // 16)].long()
+        for name in "kv":
+            tokens = given[name][pages].flatten(0, 1)
+            assert torch.equal(tokens[:length], getattr(pack, name)[pack.tokens(i)])
+            assert tokens[length:].isnan().all()
 
 
 def test_peers_lists_hold_the_chosen_blocks(monkeypatch):

@@ -110,6 +110,29 @@ def test_benchmarks_and_cpp_tests_use_the_core_alone():
     assert offences(paths, is_torch) == []
 
 
+def reached(path):
+    """The file and all of ours that it includes, and those include."""
+    found = {path}
+    pending = [path]
+    while pending:
+        for name in includes(pending.pop()):
+            for folder in ("tests/cpp", "csrc", "include"):
+                header = Path(folder) / name
+                if (ROOT / header).exists() and header not in found:
+                    found.add(header)
+                    pending.append(header)
+    return sorted(found)
+
+
+def test_cpp_tests_of_a_cpu_build_need_no_toolkit():
+    listed = re.search(r"set\(subjects ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    subjects = listed[1].split()
+    assert len(subjects) > 10
+    for subject in subjects:
+        paths = reached(Path(f"tests/cpp/test_{subject}.cpp"))
+        assert offences(paths, is_cuda) == [], subject
+
+
 def places(pattern, paths):
     return sorted({str(path) for path in paths if re.search(pattern, code(path))})
 

@@ -30,11 +30,12 @@ class Characters:
     def __init__(self, bos_token_id=None):
         self.bos_token_id = bos_token_id
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, return_offsets_mapping=False):
         assert not add_special_tokens
-        if isinstance(text, list):
-            return {"input_ids": [[ord(letter) for letter in line] for line in text]}
-        return {"input_ids": [ord(letter) for letter in text]}
+        encoded = {"input_ids": [ord(letter) for letter in text]}
+        if return_offsets_mapping:
+            encoded["offset_mapping"] = [(place, place + 1) for place in range(len(text))]
+        return encoded
 
 
 def make(style, *, questions=5, seed=0, bos=None, length=6000):
@@ -58,6 +59,18 @@ def test_answers_are_what_the_text_says(style):
     asked = re.findall(r"secret number of ([\w ]+?)(?:\?| is)", questions)
     answers = [spell(prompt.ids[span.start : span.stop]) for span in prompt.answers]
     assert [answer.strip() for answer in answers] == [stated[name] for name in asked]
+
+
+def test_text_between_statements_is_as_it_was():
+    """Tokens of the whole text: models are not used to lines read one by one."""
+    (prompt,) = make("code")
+    text = spell(prompt.ids[: prompt.text_end])
+    name, source = re.match(r"\n# file: (\S+)\n(.*)", text, re.DOTALL).groups()
+    source = re.sub(r"\n# The secret number of [\w ]+ is \d+\.\n", "", source).split("\n# file: ")[
+        0
+    ]
+    files = [path for path in quality_prompts._source_files() if path.name == name]
+    assert any(path.read_text(errors="replace").startswith(source) for path in files)
 
 
 def test_questions_are_spread_over_prompts():

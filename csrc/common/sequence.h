@@ -128,6 +128,22 @@ PROXYATTN_HOST_DEVICE Sequence cut_sequence(const PackedSequences& packed,
   return s;
 }
 
+// What of a sequence lies in a range of the query blocks of all sequences, which are numbered anew,
+// from the range's first. Of one outside it are no queries.
+PROXYATTN_HOST_DEVICE Sequence cut_to_blocks(Sequence s,
+                                             int32_t first_block,
+                                             int32_t end_block,
+                                             int32_t q_block) {
+  const int32_t blocks = ceil_div(s.q_len, q_block);
+  const int32_t begin = min_of(max_of(first_block - s.first_q_block, 0), blocks);
+  const int32_t end = min_of(max_of(end_block - s.first_q_block, begin), blocks);
+  s.q_len = begin == end ? 0 : min_of(end * q_block, s.q_len) - begin * q_block;
+  s.q_start += begin * q_block;
+  s.offset += begin * q_block;
+  s.first_q_block = min_of(max_of(s.first_q_block, first_block), end_block) - first_block;
+  return s;
+}
+
 // The page with the keys from `page` * page_len on of sequence `idx`, or -1, which reads as zeros,
 // where the table names none that there is.
 PROXYATTN_HOST_DEVICE int32_t cut_page(const PackedSequences& packed, int64_t idx, int64_t page) {

@@ -136,6 +136,16 @@ void validate_aligned_lengths(const char* op, int64_t q_len, int64_t kv_len, boo
                   ", kv_len=", kv_len);
 }
 
+void validate_prepared(const char* op, const PackedSequences& packed) {
+  PROXYATTN_CHECK(packed.q_starts == nullptr || packed.table != nullptr, op,
+                  ": packed sequences must have been prepared, got no table of them");
+}
+
+void validate_not_packed(const char* op, const PackedSequences& packed) {
+  PROXYATTN_CHECK(packed.q_starts == nullptr, op,
+                  ": sequences must be a batch on a CPU, got packed ones");
+}
+
 void validate_key_places(const PackedSequences& packed, const char* op) {
   const bool paged = packed.page_table != nullptr;
   PROXYATTN_CHECK(paged != (packed.kv_starts != nullptr), op,

@@ -20,9 +20,19 @@ void validate_attention(const AttentionParams& params, const char* op = "block_s
 const char* attention_op(const AttentionParams& params);  // the op that these are for
 void validate_pipeline(const PipelineParams& params, const char* op = "proxy_attention");
 
-// Dense ops align queries with the last keys, and so must not have more of them where each sees the
-// keys up to its own. The core goes by q_offset, which may be anything.
+// Queries of a batch are aligned with the last keys, and must not outnumber them where each sees
+// the keys up to its own. Those of packed sequences may.
 void validate_aligned_lengths(const char* op, int64_t q_len, int64_t kv_len, bool causal);
+template <typename Params>
+void validate_alignment(const char* op, const Params& p) {
+  if (p.packed.q_starts != nullptr) return;
+  validate_aligned_lengths(op, p.q_len, p.kv_len, p.causal);
+}
+
+// Of the stages before attention: on a GPU they take packed sequences by the table that
+// prepare_sequences has made, on a CPU not at all.
+void validate_prepared(const char* op, const PackedSequences& packed);
+void validate_not_packed(const char* op, const PackedSequences& packed);
 
 // Where the keys of packed sequences are; a part of what is held to be right of such a call, for
 // who has to know it earlier.

@@ -17,6 +17,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/sequences.h"
+#include "cpu/stages.h"
 #include "cpu/tiles.h"
 
 namespace proxyattn::cpu {
@@ -281,9 +282,8 @@ int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params) {
   return 2 * gathered_bytes(params) + scratch_bytes(params) * num_threads();
 }
 
-void block_sparse_attention(const AttentionParams& params) {
+void run_attention(const AttentionParams& params) {
   const char* op = attention_op(params);
-  validate_attention(params, op);
   validate_workspace(op, params.workspace, params.workspace_bytes,
                      block_sparse_attention_workspace_bytes(params));
   for_each_sequence(params, [&](AttentionParams dense, const Sequence& sequence) {
@@ -292,6 +292,12 @@ void block_sparse_attention(const AttentionParams& params) {
     if (dense.indices != nullptr) check_lists(dense, op);
     Attender(dense).run();
   });
+}
+
+void block_sparse_attention(const AttentionParams& params) {
+  validate_attention(params, attention_op(params));
+  validate_alignment(attention_op(params), params);
+  run_attention(params);
 }
 
 }  // namespace proxyattn::cpu

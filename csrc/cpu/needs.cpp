@@ -13,6 +13,7 @@
 #include "cpu/block_scan.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stages.h"
 
 namespace proxyattn::cpu {
 namespace {
@@ -207,8 +208,7 @@ int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
          num_threads() * scan_scratch_bytes(params);
 }
 
-void estimate_needs(const NeedParams& params) {
-  validate_needs(params);
+void run_needs(const NeedParams& params) {
   validate_workspace(needs_op(params), params.workspace, params.workspace_bytes,
                      estimate_needs_workspace_bytes(params));
   if (is_trivial(params)) {
@@ -216,6 +216,13 @@ void estimate_needs(const NeedParams& params) {
   } else {
     Estimator(params).run();
   }
+}
+
+void estimate_needs(const NeedParams& params) {
+  validate_needs(params);
+  validate_not_packed(needs_op(params), params.packed);
+  validate_alignment(needs_op(params), params);
+  run_needs(params);
 }
 
 }  // namespace proxyattn::cpu

@@ -2,6 +2,7 @@
 
 #include "common/pipeline.h"
 #include "cpu/sequences.h"
+#include "cpu/stages.h"
 
 namespace proxyattn::cpu {
 namespace {
@@ -12,11 +13,12 @@ struct Stages {
   static int64_t attention_workspace(const AttentionParams& p) {
     return block_sparse_attention_workspace_bytes(p);
   }
+  static void prepare(const SequenceParams&) {}  // they come one by one
   static void pool(const PoolParams& p) { pool_heads(p); }
-  static void score(const ScoreParams& p) { score_blocks(p); }
-  static void needs(const NeedParams& p) { estimate_needs(p); }
-  static void select(const SelectParams& p) { select_blocks(p); }
-  static void attention(const AttentionParams& p) { block_sparse_attention(p); }
+  static void score(const ScoreParams& p) { run_score(p); }
+  static void needs(const NeedParams& p) { run_needs(p); }
+  static void select(const SelectParams& p) { run_select(p); }
+  static void attention(const AttentionParams& p) { run_attention(p); }
 };
 
 // What lies in front of the stages' buffers: gathered keys, and values where they are attended to.
@@ -35,6 +37,7 @@ int64_t workspace_bytes(const PipelineParams& p) {
 template <PipelineJob kJob>
 void run(const PipelineParams& p) {
   const char* op = pipeline_op(kJob, p);
+  validate_alignment(op, p);
   validate_workspace(op, p.workspace, p.workspace_bytes, workspace_bytes<kJob>(p));
   for_each_sequence(p, [&](PipelineParams dense, const Sequence& sequence) {
     if (p.shares != nullptr) dense.shares += sequence.idx * p.q_heads;

@@ -82,6 +82,7 @@ class Pooler {
 
 void pool_heads(const PoolParams& params) {
   validate_pool(params);
+  validate_not_packed("pool_heads", params.packed);
   Pooler(params).run();
 }
 

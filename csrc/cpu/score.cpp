@@ -12,9 +12,12 @@
 #include "cpu/block_scan.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/stages.h"
 
 namespace proxyattn::cpu {
 namespace {
+
+constexpr const char* kOp = "score_blocks";
 
 struct Scratch {
   ScanScratch scan;
@@ -133,11 +136,17 @@ int64_t score_blocks_workspace_bytes(const ScoreParams& params) {
   return scratch_bytes(params) * num_threads();
 }
 
-void score_blocks(const ScoreParams& params) {
-  validate_score(params);
-  validate_workspace("score_blocks", params.workspace, params.workspace_bytes,
+void run_score(const ScoreParams& params) {
+  validate_workspace(kOp, params.workspace, params.workspace_bytes,
                      score_blocks_workspace_bytes(params));
   if (params.kv_len > 0) Scorer(params).run();
+}
+
+void score_blocks(const ScoreParams& params) {
+  validate_score(params);
+  validate_not_packed(kOp, params.packed);
+  validate_alignment(kOp, params);
+  run_score(params);
 }
 
 }  // namespace proxyattn::cpu

@@ -7,9 +7,12 @@
 #include "common/block_grid.h"
 #include "common/validate.h"
 #include "cpu/parallel.h"
+#include "cpu/stages.h"
 
 namespace proxyattn::cpu {
 namespace {
+
+constexpr const char* kOp = "select_blocks";
 
 // Masses this part of the whole below what is needed will do, so that rounding costs no block.
 constexpr double kNeedSlack = 1e-6;
@@ -124,9 +127,15 @@ class Selector {
 
 }  // namespace
 
+void run_select(const SelectParams& params) {
+  Selector(params).run();
+}
+
 void select_blocks(const SelectParams& params) {
   validate_select(params);
-  Selector(params).run();
+  validate_not_packed(kOp, params.packed);
+  validate_alignment(kOp, params);
+  run_select(params);
 }
 
 }  // namespace proxyattn::cpu

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 namespace proxyattn::cpu {
 

@@ -7,7 +7,7 @@
 
 #include "common/math.h"
 #include "common/sequence.h"
-#include "cpu/tiles.h"
+#include "common/tokens.h"
 
 namespace proxyattn::cpu {
 
@@ -51,12 +51,6 @@ void gather_pages(const PackedSequences& packed,
                   const Sequence& sequence,
                   const Gather& gather,
                   void* tokens);
-
-// The tensor from one of its tokens on; null if there is none.
-template <typename Void>
-Void* from_token(Void* tensor, const TokenStrides& strides, int64_t token, DType dtype) {
-  return tensor == nullptr ? nullptr : element_at(tensor, token * strides.token, dtype);
-}
 
 template <typename Params>
 void place_keys(const Params& p, const Sequence& s, Params* view) {

@@ -1,11 +1,11 @@
 // Moving rows of q, k and v tensors into the forms that the kernels of simd/kernels.h read.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "proxyattn/types.h"
 
+#include "common/tokens.h"
 #include "cpu/simd/kernels.h"
 
 namespace proxyattn::cpu {
@@ -16,18 +16,6 @@ struct HeadRows {
   int64_t row_stride;
   DType dtype;
 };
-
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// The element `offset` elements behind `base`.
-inline const void* element_at(const void* base, int64_t offset, DType dtype) {
-  return static_cast<const std::byte*>(base) + offset * element_bytes(dtype);
-}
-inline void* element_at(void* base, int64_t offset, DType dtype) {
-  return static_cast<std::byte*>(base) + offset * element_bytes(dtype);
-}
 
 // Rows of one head of a [batch, token, head, head_dim] tensor, from token `token` on, every
 // `step`-th.

@@ -11,6 +11,7 @@ struct Stages {
   static int64_t attention_workspace(const AttentionParams& p) {
     return block_sparse_attention_workspace_bytes(p);
   }
+  static void prepare(const SequenceParams& p, Stream stream) { prepare_sequences(p, stream); }
   static void pool(const PoolParams& p, Stream stream) { pool_heads(p, stream); }
   static void score(const ScoreParams& p, Stream stream) { score_blocks(p, stream); }
   static void needs(const NeedParams& p, Stream stream) { estimate_needs(p, stream); }
@@ -20,25 +21,34 @@ struct Stages {
   }
 };
 
-using Attend = Pipeline<Stages, PipelineJob::kAttend>;
-using Choose = Pipeline<Stages, PipelineJob::kChoose>;
+template <PipelineJob kJob>
+int64_t workspace_bytes(const PipelineParams& p) {
+  return Pipeline<Stages, kJob>(p).workspace_bytes();
+}
+
+template <PipelineJob kJob>
+void run(const PipelineParams& p, Stream stream) {
+  const char* op = pipeline_op(kJob, p);
+  validate_alignment(op, p);
+  Pipeline<Stages, kJob>(p, op).run(stream);
+}
 
 }  // namespace
 
 int64_t proxy_attention_workspace_bytes(const PipelineParams& params) {
-  return Attend(params).workspace_bytes();
+  return workspace_bytes<PipelineJob::kAttend>(params);
 }
 
 void proxy_attention(const PipelineParams& params, Stream stream) {
-  Attend(params).run(stream);
+  run<PipelineJob::kAttend>(params, stream);
 }
 
 int64_t choose_blocks_workspace_bytes(const PipelineParams& params) {
-  return Choose(params).workspace_bytes();
+  return workspace_bytes<PipelineJob::kChoose>(params);
 }
 
 void choose_blocks(const PipelineParams& params, Stream stream) {
-  Choose(params).run(stream);
+  run<PipelineJob::kChoose>(params, stream);
 }
 
 }  // namespace proxyattn::cuda

@@ -176,6 +176,20 @@ TEST(a_packed_row_is_that_of_its_sequence_alone) {
   }
 }
 
+TEST(lists_of_a_part_lie_among_those_of_all) {
+  const PackedTable packed(mixed_lengths(), 64, 128, 4);
+  SelectArgs args = make_select_args(packed, 3, 2);
+  args.list_capacity += 5;
+  args.lists = {-10, 100};  // the part begins with query block 10 of 100
+  for (int64_t block = 0; block < packed.table.max_q_blocks; ++block) {
+    if (packed.table.block_sequence[block] == packed.table.count) break;
+    const Row row(args, 2, block);
+    CHECK_EQ(row.peak - args.peak, (2 * args.scores.count + block) * args.num_blocks);
+    CHECK_EQ(row.ranking - args.indices, (2 * 100 + 10 + block) * args.list_capacity);
+    CHECK_EQ(row.counts - args.counts, 2 * 2 * 100 + 10 + block);
+  }
+}
+
 TEST(a_class_takes_the_rows_of_its_size) {
   for (const int64_t spare : {0, 1000}) {
     const PackedTable packed(mixed_lengths(), 64, 64, 4, spare);

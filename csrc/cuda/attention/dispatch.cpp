@@ -128,6 +128,7 @@ int64_t block_sparse_attention_workspace_bytes(const AttentionParams& params) {
 
 void block_sparse_attention(const AttentionParams& params, Stream stream) {
   validate_attention(params);
+  validate_alignment(kOp, params);
   check_token_numbers(params);
   const Kernel& kernel = choose_kernel(params);
   validate_workspace(kOp, params.workspace, params.workspace_bytes,

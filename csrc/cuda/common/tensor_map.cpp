@@ -120,7 +120,7 @@ CUtensorMap make_run_map(const char* op,
   return encode(op, data, dtype,
                 {{sizes.head_dim, kTensorBoxColumns, kElementBytes},
                  {runs, box.runs, box.run_tokens * token},
-                 {box.run_tokens, box.run_tokens, token},
+                 {box.run_tokens + box.starts - 1, box.run_tokens, token},
                  {sizes.heads, 1, stride_bytes(sizes.heads, strides.head)},
                  {sizes.batch, 1, stride_bytes(sizes.batch, strides.batch)}});
 }

@@ -36,14 +36,18 @@ CUtensorMap make_tensor_map(const char* op,
                             const TokenStrides& strides,
                             const TensorBox& box);
 
-// A tile of tokens in runs: `runs` runs of `run_tokens` neighbours.
+// A tile of tokens in runs: `runs` runs of `run_tokens` neighbours. It may begin at the first
+// `starts` tokens of a run.
 struct RunBox {
   int run_tokens;
   int runs;
+  int starts = 1;
 };
 
 // Dimensions, innermost first: columns, runs, tokens of a run, heads, batch; boxes are 64 columns
-// wide. A last run that is not whole is left out.
+// wide. A last run that is not whole is left out. Where tiles begin inside of runs, the dimension
+// of a run's tokens goes on into the next one: such a map leads past the last token, and whoever
+// loads through it keeps to tiles that the tensor holds.
 CUtensorMap make_run_map(const char* op,
                          const void* data,
                          DType dtype,

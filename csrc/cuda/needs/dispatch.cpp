@@ -71,6 +71,8 @@ int64_t estimate_needs_workspace_bytes(const NeedParams& params) {
 void estimate_needs(const NeedParams& params, Stream stream) {
   validate_needs(params);
   const char* op = needs_op(params);
+  validate_prepared(op, params.packed);
+  validate_alignment(op, params);
   check_dtype(op, params.dtype);
   check_num_kv_blocks(op, ceil_div(params.kv_len, params.kv_block));
   validate_workspace(op, params.workspace, params.workspace_bytes,

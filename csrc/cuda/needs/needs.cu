@@ -28,11 +28,7 @@ NeedProblem make_problem(const NeedParams& p) {
   s.q_strides = p.q_strides;
   s.k_strides = p.k_strides;
   s.chunk_keys = p.kv_len < kManyKeys ? kShortChunkKeys : kLongChunkKeys;
-  s.entry.rows = layout.entry.rows;
-  s.entry.first_query = p.q_len - layout.rows;
-  s.entry.position = p.q_offset + s.entry.first_query;
-  s.entry.num_keys = static_cast<int>(p.kv_len);
-  s.entry.causal = p.causal;
+  s.entry = NeedSource::of_entry(p);
   const int64_t chunk_blocks = s.chunk_keys / p.kv_block;
   s.packed_chunks = {packed_table(p), static_cast<int32_t>(chunk_blocks)};
   s.pages = PageTable(p.packed);

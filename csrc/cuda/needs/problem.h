@@ -6,31 +6,11 @@
 #include "proxyattn/types.h"
 
 #include "common/math.h"
-#include "common/sequence.h"
+#include "cuda/needs/source.h"
 #include "cuda/sequences/block_runs.h"
 #include "cuda/sequences/page_table.h"
 
 namespace proxyattn::cuda {
-
-// The last queries of a batch entry or of a packed sequence, and its keys.
-struct NeedSource {
-  int64_t first_query;  // token of row 0
-  int64_t first_key;    // token of key 0; 0 with pages
-  int64_t position;     // of row 0
-  int rows;
-  int num_keys;
-  int first_block;  // of its key blocks, in block_lse
-  int first_chunk;
-  int sequence;  // row of the page table
-  bool causal;
-
-  // Keys [0, visible) that a row sees; none for one that does not exist.
-  PROXYATTN_HOST_DEVICE int visible_keys(int row) const {
-    if (row >= rows) return 0;
-    if (!causal) return num_keys;
-    return static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(position + row + 1, num_keys)));
-  }
-};
 
 struct NeedProblem {
   const void* q;
@@ -60,17 +40,7 @@ struct NeedProblem {
   PROXYATTN_HOST_DEVICE NeedSource source(int chunk) const {
     if (packed_chunks.table.count == 0) return entry;
     const Sequence& s = packed_chunks.owner(chunk);
-    const int rows = min_of(q_block, s.q_len);
-    const int first_query = s.q_len - rows;
-    return {int64_t{s.q_start} + first_query,
-            s.kv_start,
-            int64_t{s.offset} + first_query,
-            rows,
-            rows == 0 ? 0 : s.kv_len,
-            s.first_kv_block,
-            packed_chunks.first_run(s),
-            s.idx,
-            entry.causal};
+    return NeedSource::of(s, q_block, packed_chunks.first_run(s), entry.causal);
   }
 };
 

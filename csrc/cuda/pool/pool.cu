@@ -113,6 +113,7 @@ void pool(const PoolParams& params, Stream stream) {
 
 void pool_heads(const PoolParams& params, Stream stream) {
   validate_pool(params);
+  validate_prepared(kOp, params.packed);
   check_dtype(kOp, params.dtype);
   if (params.batch == 0) return;
   if (params.dtype == DType::kBFloat16) {

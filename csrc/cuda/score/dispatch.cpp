@@ -66,10 +66,12 @@ int64_t score_blocks_workspace_bytes(const ScoreParams& params) {
 
 void score_blocks(const ScoreParams& params, Stream stream) {
   validate_score(params);
+  validate_prepared(kOp, params.packed);
+  validate_alignment(kOp, params);
   check_dtype(kOp, params.dtype);
   const Kernel& kernel = choose_kernel(params);
   validate_workspace(kOp, params.workspace, params.workspace_bytes, kernel.workspace_bytes(params));
-  if (params.kv_len == 0) return;  // no cells
+  if (params.batch == 0 || params.kv_len == 0) return;  // no cells
   kernel.launch(params, stream);
 }
 

@@ -59,7 +59,8 @@ SelectArgs make_args(const SelectParams& p) {
   args.num_lists = is_packed(p) ? p.proxy_heads : p.batch * p.proxy_heads;
   args.scores = {p.rows.begin, p.rows.end - p.rows.begin};
   args.lists = {p.list_rows.begin, p.list_rows.end - p.list_rows.begin};
-  args.num_blocks = args.list_capacity = args.grid.num_kv_blocks();
+  args.num_blocks = args.grid.num_kv_blocks();
+  args.list_capacity = p.list_capacity;
   args.list_heads = p.q_heads / p.proxy_heads;
   args.min_blocks = ceil_div(min_of(p.min_budget, p.kv_len), p.kv_block);
   args.only_prefixes = p.only_prefixes;
@@ -116,6 +117,8 @@ void launch_packed(const SelectArgs& args, Stream stream) {
 
 void select_blocks(const SelectParams& params, Stream stream) {
   validate_select(params);
+  validate_prepared(kOp, params.packed);
+  validate_alignment(kOp, params);
   const SelectArgs args = make_args(params);
   check_num_kv_blocks(kOp, args.num_blocks);
   if (params.batch == 0) return;

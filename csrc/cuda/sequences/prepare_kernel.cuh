@@ -110,22 +110,10 @@ class SequencePreparer {
     const long long keys_left = max_of<long long>(0, p_.max_total_kv - keys_before);
     s.kv_len = static_cast<int>(min_of<long long>(s.kv_len, keys_left));
     s.offset = s.kv_len - s.q_len;
-    cut_queries(s);
+    s = cut_to_blocks(s, p_.first_block, p_.end_block, p_.q_block);
     s.first_kv_block = sum_before(ceil_div(s.kv_len, p_.kv_block), kv_blocks_);
     s.first_key_unit = sum_before(ceil_div(s.kv_len, p_.unit_tokens), key_units_);
     if (exists) p_.table.sequences[i] = s;
-  }
-
-  // To the query blocks that are worked on, which are numbered anew.
-  PROXYATTN_DEVICE void cut_queries(Sequence& s) const {
-    const int blocks = ceil_div(s.q_len, p_.q_block);
-    const int begin = min(max(p_.first_block - s.first_q_block, 0), blocks);
-    const int end = min(max(p_.end_block - s.first_q_block, begin), blocks);
-    s.q_len = min(end * p_.q_block, s.q_len) - begin * p_.q_block;
-    if (begin == end) s.q_len = 0;
-    s.q_start += begin * p_.q_block;
-    s.offset += begin * p_.q_block;
-    s.first_q_block = min(max(s.first_q_block, p_.first_block), p_.end_block) - p_.first_block;
   }
 
   // Places [first, first + kPrepareThreads) of the order, behind `blocks` query blocks.

@@ -79,14 +79,17 @@ class QueryLoader {
       ptx::tma_load(shared_.query[ring_.slot] + i * Traits::kGroupBytes, &map_, full, 0,
                     head_and_row.y, 0, head_and_row.x, batch, ptx::kEvictNormal);
     }
-    ring_.next();
+    next();
   }
 
   // Passes a slot on without a tile in it.
   PROXYATTN_DEVICE void skip() {
     ptx::mbarrier_arrive(&shared_.query_barriers.full[ring_.slot]);
-    ring_.next();
+    next();
   }
+
+  // For a thread that looks on while another one loads.
+  PROXYATTN_DEVICE void next() { ring_.next(); }
 
  private:
   LogitStorage<Traits>& shared_;
@@ -94,7 +97,8 @@ class QueryLoader {
   Ring<Traits::kQueryStages> ring_;
 };
 
-// Fills the ring of key tiles, in the order that key_maps.h describes; one thread.
+// Fills the ring of key tiles, laid as key_maps.h describes. One thread opens slots and loads; of
+// pages any thread may load its boxes into a slot that is open.
 template <typename Traits>
 class KeyLoader {
  public:
@@ -103,31 +107,52 @@ class KeyLoader {
     ring_.phase = 1;
   }
 
+  // Key tiles of the tensor, one after another.
   PROXYATTN_DEVICE void load(int batch, int head, int first_tile, int num_tiles) {
     PROXYATTN_NO_UNROLL
     for (int tile = first_tile; tile < first_tile + num_tiles; ++tile) {
-      uint64_t* full = &shared_.key_barriers.full[ring_.slot];
-      ptx::mbarrier_wait(&shared_.key_barriers.empty[ring_.slot], ring_.phase,
-                         ptx::WaitSite::kProducerKey);
-      ptx::mbarrier_arrive_expect(full, Traits::kKeyTileBytes);
+      open();
       if (tile < maps_.num_whole) {
-        load_whole(full, batch, head, tile);
+        load_whole(batch, head, tile * kTileRuns, 0);
       } else {
-        ptx::tma_load(shared_.key[ring_.slot], &maps_.ragged, full, 0, tile * kLogitKeys, 0, head,
-                      batch, ptx::kEvictNormal);
+        load_in_order(batch, head, tile * kLogitKeys);
       }
-      ring_.next();
+      next();
     }
   }
 
- private:
-  PROXYATTN_DEVICE void load_whole(uint64_t* full, int batch, int head, int tile) {
+  // Waits for a slot and announces the bytes of its tile.
+  PROXYATTN_DEVICE void open() {
+    ptx::mbarrier_wait(&shared_.key_barriers.empty[ring_.slot], ring_.phase,
+                       ptx::WaitSite::kProducerKey);
+    ptx::mbarrier_arrive_expect(full(), Traits::kKeyTileBytes);
+  }
+
+  PROXYATTN_DEVICE void next() { ring_.next(); }
+
+  // A tile that begins with this token of this run, all of whose keys there are.
+  PROXYATTN_DEVICE void load_whole(int batch, int head, int run, int token) {
     PROXYATTN_NO_UNROLL
     for (int box = 0; box < Traits::kBoxes; ++box) {
-      ptx::tma_load(shared_.key[ring_.slot] + box * Traits::kKeyBoxBytes, &maps_.whole, full,
-                    box * kTensorBoxColumns, tile * kTileRuns, 0, head, batch, ptx::kEvictNormal);
+      ptx::tma_load(shared_.key[ring_.slot] + box * Traits::kKeyBoxBytes, &maps_.whole, full(),
+                    box * kTensorBoxColumns, run, token, head, batch, ptx::kEvictNormal);
     }
   }
+
+  // A tile that begins with this token. Behind the tensor's last one it has zeros.
+  PROXYATTN_DEVICE void load_in_order(int batch, int head, int token) {
+    ptx::tma_load(shared_.key[ring_.slot], &maps_.in_order, full(), 0, token, 0, head, batch,
+                  ptx::kEvictNormal);
+  }
+
+  // 64 columns of the keys from `row` of the tile on, as many as a load takes of a page.
+  PROXYATTN_DEVICE void load_piece(int row, int box, int page, int head, int token) {
+    ptx::tma_load(shared_.key[ring_.slot] + box * Traits::kKeyBoxBytes + row * Traits::kBoxRowBytes,
+                  &maps_.in_order, full(), 0, token, box, head, page, ptx::kEvictNormal);
+  }
+
+ private:
+  PROXYATTN_DEVICE uint64_t* full() const { return &shared_.key_barriers.full[ring_.slot]; }
 
   LogitStorage<Traits>& shared_;
   const KeyMaps& maps_;

@@ -11,10 +11,10 @@
 #include "common/block_grid.h"
 #include "cuda/attention/dispatch.h"
 #include "cuda/attention/sm90/kernel.cuh"
-#include "cuda/attention/sm90/layout.h"
 #include "cuda/attention/sm90/tile_order.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sequences/tensor_sizes.h"
 
 namespace proxyattn::cuda::sm90 {
 

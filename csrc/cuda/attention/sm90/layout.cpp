@@ -1,13 +1,13 @@
 // Which calls the sm90 family takes.
-#include "cuda/attention/sm90/layout.h"
-
 #include <cstdint>
 
 #include "proxyattn/attention.h"
 
 #include "cuda/attention/dispatch.h"
 #include "cuda/attention/sm90/config.h"
+#include "cuda/attention/sm90/tile_order.h"
 #include "cuda/common/tensor_map.h"
+#include "cuda/sequences/tensor_sizes.h"
 
 namespace proxyattn::cuda::sm90 {
 namespace {

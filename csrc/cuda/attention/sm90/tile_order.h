@@ -14,12 +14,9 @@
 #include "common/sharing.h"
 #include "cuda/attention/schedule.h"
 #include "cuda/attention/sm90/config.h"
+#include "cuda/sequences/packed.h"
 
 namespace proxyattn::cuda::sm90 {
-
-inline bool is_packed(const AttentionParams& a) {
-  return a.packed.q_starts != nullptr;
-}
 
 // Packed sequences are one batch entry: what differs from one to the next the device knows.
 inline int64_t batch_entries(const AttentionParams& a) {

@@ -7,6 +7,7 @@
 
 #include "proxyattn/needs.h"
 
+#include "common/sequence.h"
 #include "common/validate.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/softmax.cuh"
@@ -14,6 +15,8 @@
 #include "cuda/needs/dispatch.h"
 #include "cuda/needs/layout.h"
 #include "cuda/needs/sm90/kernel.cuh"
+#include "cuda/sequences/packed.h"
+#include "cuda/sequences/tensor_sizes.h"
 
 namespace proxyattn::cuda::sm90 {
 
@@ -21,31 +24,22 @@ template <typename Traits>
 NeedProblem make_need_problem(const NeedParams& b, int multiprocessors) {
   const char* op = needs_op(b);
   NeedProblem p{};
-  p.q_map = make_tensor_map(op, b.q, b.dtype, {b.q_len, b.head_dim, b.q_heads, b.batch},
-                            b.q_strides, {kGroupRows, Traits::kBoxes});
-  p.keys =
-      make_key_maps(op, b.k, b.dtype, {b.kv_len, b.head_dim, b.kv_heads, b.batch}, b.k_strides);
+  p.q_map =
+      make_tensor_map(op, b.q, b.dtype, query_sizes(b), b.q_strides, {kGroupRows, Traits::kBoxes});
+  p.pages = PageTable(b.packed);
+  p.page_loads = PageLoads::of(p.pages.page_shift);
+  if (b.packed.page_table != nullptr) {
+    p.keys = make_page_maps(op, b.k, b.dtype, key_sizes(b), b.k_strides, p.page_loads);
+  } else {
+    p.keys =
+        make_key_maps(op, b.k, b.dtype, key_sizes(b), b.k_strides, is_packed(b) ? kRunKeys : 1);
+  }
   const NeedLayout layout(b);
   p.block_lse = layout.block_lse;
-  p.kv_heads = static_cast<int>(b.kv_heads);
-  p.group_heads = static_cast<int>(b.q_heads / b.kv_heads);
-  p.head_units = static_cast<int>(b.q_block) / kGroupRows;
-  p.group_tiles = ceil_div(p.group_heads * p.head_units, Traits::kGroups);
-  p.first_query = static_cast<int>(b.q_len - layout.rows);
-  p.position = static_cast<int>(b.q_offset) + p.first_query;
-  p.num_keys = static_cast<int>(b.kv_len);
-  p.num_key_tiles = ceil_div(p.num_keys, kLogitKeys);
-  p.num_kv_blocks = static_cast<int>(layout.num_kv_blocks);
+  p.num_kv_blocks = layout.num_kv_blocks;
+  p.items = make_need_items(b, Traits::kGroups, multiprocessors);
   p.causal = b.causal ? 1 : 0;
   p.factor = b.scale * kLog2E;
-
-  // As many chunks as give every multiprocessor this many items, of whole stretches.
-  constexpr int kItemsPerMultiprocessor = 8;
-  const int row_tiles = static_cast<int>(b.batch) * p.kv_heads * p.group_tiles;
-  const int chunks = max_of(1, multiprocessors * kItemsPerMultiprocessor / row_tiles);
-  p.chunk_tiles = round_up(ceil_div(p.num_key_tiles, chunks), kStretchTiles);
-  p.num_chunks = ceil_div(p.num_key_tiles, p.chunk_tiles);
-  p.num_items = row_tiles * p.num_chunks;
   return p;
 }
 
@@ -55,8 +49,10 @@ void launch_block_lse_kernel(const NeedParams& params, Stream stream) {
   const int multiprocessors = device_attribute(op, cudaDevAttrMultiProcessorCount);
   const NeedProblem problem = make_need_problem<Traits>(params, multiprocessors);
   LaunchShape shape{};
-  shape.grid_x = min_of<int64_t>(multiprocessors, problem.num_items);
-  shape.grid_y = shape.grid_z = 1;
+  shape.grid_x = multiprocessors;
+  if (!problem.items.is_packed()) {
+    shape.grid_x = min_of<int64_t>(multiprocessors, problem.items.num_entry_items());
+  }
   shape.threads = Traits::kThreads;
   shape.shared_bytes = sizeof(NeedStorage<Traits>);
   launch<block_lse_kernel<Traits, kBlockKeys>>(op, shape, stream, problem);
