@@ -8,11 +8,28 @@ from proxyattn import _C
 def supported_configs() -> list[dict]:
     """The attention kernels of this build: dicts of ``device, family, head_dim, dtype``.
 
-    On CPUs the same kernels run any head_dim that is a multiple of 8 up to 256.
-    CPU rows are those that the running processor supports, fastest family first; CUDA rows are
+    On CPUs the same kernels run any head_dim that is a multiple of 8 up to 256. CPU rows are those that the running processor supports, fastest family first; CUDA rows are
     those compiled in, newest family first. The first family that fits a call runs it.
     """
     return _C.supported_configs()
+
+
+# A constant, which torch.compile can look into.
+_KERNELS = frozenset(
+    (config["device"], config["head_dim"], getattr(torch, config["dtype"]))
+    for config in supported_configs()
+)
+_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def can_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether there is an attention kernel for such tensors on this device."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return False
+    if device.type == "cpu":  # whose kernels are for any size
+        return head_dim % 8 == 0 and head_dim <= 256 and dtype in _CPU_DTYPES
+    return (device.type, head_dim, dtype) in _KERNELS
 
 
 def show_config() -> None:

@@ -11,6 +11,16 @@ from proxyattn import ops
 _KINDS = {float: "a number", int: "an integer", str: "text", type(None): "None"}
 
 
+def legal_proxy_heads(q_heads: int, kv_heads: int) -> list[int]:
+    """The numbers of proxy heads that a layer can have, ascending: divisors of ``kv_heads``, and
+    multiples of it that divide ``q_heads``."""
+    return [
+        heads
+        for heads in range(1, q_heads + 1)
+        if kv_heads % heads == 0 or (heads % kv_heads == 0 and q_heads % heads == 0)
+    ]
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings of :func:`proxyattn.proxy_attention`, with its defaults.
@@ -87,6 +97,16 @@ class Settings:
             min_budget=self.resolved_min_budget,
             num_proxy_heads=self.num_proxy_heads or ops.default_proxy_heads(q_heads, kv_heads),
         )
+
+    def fit(self, q_heads: int, kv_heads: int) -> "Settings":
+        """The same settings with the nearest ``num_proxy_heads`` that a layer of so many heads can
+        have; of two as near the larger, since more proxies rank better."""
+        wanted = self.num_proxy_heads
+        if wanted is None:
+            return self
+        legal = legal_proxy_heads(q_heads, kv_heads)
+        used = min(legal, key=lambda heads: (abs(heads - wanted), -heads))
+        return self if used == wanted else replace(self, num_proxy_heads=used)
 
     @property
     def resolved_min_budget(self) -> int:

@@ -12,9 +12,10 @@ dense logs one warning per model and reason to the logger ``proxyattn``, which s
 it sparse. :func:`record` shows what ran where.
 """
 
-from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, legal_proxy_heads, register
+from proxyattn.hf._hook import MIN_QUERIES, MIN_SEQLEN, register
 from proxyattn.hf._models import check_model, require_transformers
 from proxyattn.hf._recording import Recording, SparseCall, record
+from proxyattn.settings import legal_proxy_heads
 
 require_transformers()
 

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from proxyattn._config import supported_configs
+from proxyattn._config import can_run
 from proxyattn._stages import Settings
 from proxyattn.hf import _ops
 from proxyattn.hf._attend import attend, attend_packed
@@ -53,32 +53,6 @@ def register(name: str = "proxyattn", *, min_seqlen: int | None = None, **settin
     _ops.runners[name] = hook.run
     AttentionInterface.register(name, hook.attention)
     AttentionMaskInterface.register(name, hook.mask)
-
-
-def legal_proxy_heads(q_heads: int, kv_heads: int) -> list[int]:
-    """The numbers of proxy heads that a layer can have, ascending: divisors of ``kv_heads``, and
-    multiples of it that divide ``q_heads``."""
-    return [
-        heads
-        for heads in range(1, q_heads + 1)
-        if kv_heads % heads == 0 or (heads % kv_heads == 0 and q_heads % heads == 0)
-    ]
-
-
-_KERNELS = frozenset(
-    (config["device"], config["head_dim"], getattr(torch, config["dtype"]))
-    for config in supported_configs()
-)
-_CPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LEAST_CAPABILITY = (8, 0)
-
-
-def _can_run(device: torch.device, head_dim: int, dtype: torch.dtype) -> bool:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        return False
-    if device.type == "cpu":  # whose kernels are for any size
-        return head_dim % 8 == 0 and head_dim <= 256 and dtype in _CPU_DTYPES
-    return (device.type, head_dim, dtype) in _KERNELS
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -217,19 +191,12 @@ class _Hook:
 
     def _fitted(self, q: Tensor, k: Tensor, module: torch.nn.Module | None = None) -> Settings:
         """The settings with a number of proxy heads that the layer can have."""
-        wanted = self.settings.num_proxy_heads
-        if wanted is None:
-            return self.settings
         q_heads, kv_heads = q.shape[2], k.shape[2]
-        # Of two as near, the larger: more proxies rank better.
-        used = min(
-            legal_proxy_heads(q_heads, kv_heads), key=lambda heads: (abs(heads - wanted), -heads)
-        )
-        if used == wanted:
-            return self.settings
-        if module is not None:
+        fitted = self.settings.fit(q_heads, kv_heads)
+        if fitted is not self.settings and module is not None:
+            wanted, used = self.settings.num_proxy_heads, fitted.num_proxy_heads
             warn_proxy_heads(module, wanted, used, q_heads, kv_heads)
-        return replace(self.settings, num_proxy_heads=used)
+        return fitted
 
 
 def _check_lengths(causal: Causal, query: Tensor, key: Tensor) -> None:
@@ -286,7 +253,7 @@ def _unsupported_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | Non
         return "head_dim"
     if key.dtype != query.dtype or value.dtype != query.dtype:
         return "dtype"
-    if not _can_run(query.device, head_dim, query.dtype):
+    if not can_run(query.device, head_dim, query.dtype):
         return "no kernel"
     if any(x.stride(3) != 1 for x in (query, key, value)):
         return "layout"
