@@ -8,8 +8,9 @@ from proxyattn import _C
 def supported_configs() -> list[dict]:
     """The attention kernels of this build: dicts of ``device, family, head_dim, dtype``.
 
-    On CPUs the same kernels run any head_dim that is a multiple of 8 up to 256. CPU rows are those that the running processor supports, fastest family first; CUDA rows are
-    those compiled in, newest family first. The first family that fits a call runs it.
+    CPU rows are those that the running processor supports, fastest family first; CUDA rows are
+    those compiled in, newest family first. The first family that fits a call runs it. On CPUs the
+    same kernels run any head_dim that is a multiple of 8 up to 256.
     """
     return _C.supported_configs()
 

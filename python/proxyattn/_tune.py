@@ -11,7 +11,7 @@ from tqdm import tqdm
 from proxyattn._model import ModelError, Reader, Reading, load
 from proxyattn._model_run import header, layer_table, median
 from proxyattn._report import describe, legend, milliseconds, percent, table
-from proxyattn.settings import Settings
+from proxyattn.settings import Settings, legal_proxy_heads
 
 NAME = "proxyattn_tune"
 SAME_TIME = 1.02  # prefills whose times differ by less than this factor count as equally fast
@@ -113,8 +113,6 @@ def tune(
 
 def _proxies(reading: Reading) -> list[int]:
     """The default number of proxies, and the next smaller and larger ones that all layers allow."""
-    from proxyattn.hf import legal_proxy_heads
-
     layers = {(layer.call.counts.shape[1], layer.kv_heads) for layer in reading.layers}
     allowed = sorted(set.intersection(*(set(legal_proxy_heads(*heads)) for heads in layers)))
     default = Settings().resolve(*max(layers)).num_proxy_heads
