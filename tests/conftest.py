@@ -90,7 +90,9 @@ def set_threads():
 
 def _is_fp32_on_cuda(item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
-    dtype = params.get("dtype", getattr(params.get("case"), "dtype", None))
+    case = params.get("case")
+    case = case if isinstance(case, dict) else vars(case) if hasattr(case, "__dict__") else {}
+    dtype = params.get("dtype", case.get("dtype"))
     return params.get("device") == "cuda" and dtype == torch.float32
 
 

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from tolerance import assert_close, to_numpy
+from tolerance import assert_close, assert_same_bits, to_numpy
 
 # Tests take both from here, so that they are skipped where they are missing.
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -95,6 +95,18 @@ def assert_like_sdpa(model, actual, ids, **arguments):
     if mask is not None:
         actual, reference, plain = (x[mask.bool()] for x in (actual, reference, plain))
     assert_close(actual, to_numpy(reference), plain, "logits")
+
+
+def assert_same_reading(recorded, single):
+    """Logits of a forward pass that was recorded and of one that was not. On a GPU heads that read
+    every block may do so in another order, and where a later layer ranks blocks alike the rounding
+    decides between them, for a few tokens."""
+    if recorded.device.type == "cpu":
+        assert_same_bits(recorded, single)
+        return
+    unit = torch.finfo(recorded.dtype).eps * float(single.abs().max())
+    off = (recorded - single).abs().amax(-1) > 4 * unit
+    assert off.double().mean() <= 0.05
 
 
 def sparse_layers(recording):

@@ -189,8 +189,12 @@ def test_generate_prefills_in_chunks(kind, device):
             tokens[name] = model.generate(
                 ids, cache_implementation=kind, prefill_chunk_size=100, **settings
             )
-    assert [seen for _, _, seen in shapes(recording)] == [170, 200, 270, 300, 370, 400]
-    assert recording.dense == {(0, "short"): 3, (1, "short"): 3}
+    lengths = [seen for _, _, seen in shapes(recording)]
+    if kind == "static" and device == "cuda":  # generate compiles it, for any length of prompt
+        assert lengths == [70, 100, 170, 200, 270, 300, 370, 400]
+    else:
+        assert lengths == [170, 200, 270, 300, 370, 400]
+        assert recording.dense == {(0, "short"): 3, (1, "short"): 3}
     if device == "cpu":  # rounding decides between tokens in bfloat16
         assert torch.equal(tokens["proxyattn"], tokens["sdpa"])
 

@@ -9,6 +9,7 @@ import torch
 from proxyattn import Settings
 from proxyattn._stages import Settings as SettingsOfStages
 from proxyattn._stages import run_stages
+from tolerance import order_error
 
 
 def test_defaults_are_those_of_the_op():
@@ -78,7 +79,8 @@ def test_the_stages_give_what_the_op_gives(device, settings):
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     q, k, v = (torch.randn(1, 3000, heads, 64, dtype=dtype, device=device) for heads in (8, 2, 2))
     outputs = run_stages(q, k, v, settings, scale=0.2)
-    torch.testing.assert_close(outputs.out, settings.attend(q, k, v, scale=0.2))
+    out = settings.attend(q, k, v, scale=0.2)
+    torch.testing.assert_close(outputs.out, out, atol=order_error(out), rtol=0)
     chosen = proxyattn.choose_blocks(q, k, scale=0.2, **settings.to_dict())
     assert torch.equal(outputs.counts, chosen[1])
 

@@ -153,7 +153,7 @@ def test_counts_reach_the_need_and_one_block_less_does_not(device, sinks):
     indices, counts = proxyattn.select_blocks(peak, mass, shares, *call, **settings)
     free = mass.double().gather(-1, indices.long())[..., sinks:].repeat_interleave(2, dim=1)
     held = torch.cat([torch.zeros_like(free[..., :1]), free.cumsum(-1)], -1)
-    held /= held[..., -1:]
+    held = held / held[..., -1:]
     shares = shares.double()[..., None]
     need = ((0.7 - shares) / (1 - shares)).clamp(min=0)
     taken = (counts.long() - sinks)[..., None]

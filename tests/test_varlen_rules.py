@@ -209,6 +209,20 @@ def test_empty(device, lengths, causal, mode):
         assert_same_outputs(attend(empty, lists, causal=causal), (out, lse))
 
 
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(70, 1)], [(0, 0), (1, 1), (0, 0)]], ids=str)
+@all_places
+def test_a_single_key(device, place, lengths):
+    """Every query that sees it gets its value."""
+    some = some_pack(device, place, lengths, spare=0)
+    for causal in (True, False):
+        out = proxyattn.proxy_attention_varlen(**some.arguments, **SETTINGS, causal=causal)
+        (value,) = (v[0, 0] for _, _, v in some.sequences if v.shape[1])
+        want = value.repeat_interleave(2, 0).expand_as(out).clone()
+        if causal:
+            want[:-1] = 0
+        assert_same_bits(out, want)
+
+
 def test_out_may_be_a_part_of_something(device):
     """Any strides with the last dimension contiguous; nothing beside it is written."""
     some = some_pack(device, PLACES[1], seed=11)

@@ -91,6 +91,12 @@ def fp32_attention_errors(q, k, v, lse, scale=None):
     return 2 * weights_error * np.abs(v).max(), lse_error
 
 
+def order_error(output):
+    """How far half-precision outputs of the same keys, read in another order, may lie apart: their
+    weights and the outputs themselves are rounded, each by half a unit."""
+    return torch.finfo(output.dtype).eps * float(output.abs().max())
+
+
 def bits(tensor):
     """The tensor's bit patterns as integers, so that NaNs compare too."""
     as_int = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

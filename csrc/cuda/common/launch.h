@@ -1,4 +1,4 @@
-// The one way to start a kernel: sets large shared memory once per kernel and device, refuses a
+// The one way to start a kernel: sets dynamic shared memory once per kernel and device, refuses a
 // grid over the hardware's limits, and checks the result of the launch.
 #pragma once
 
@@ -17,7 +17,6 @@ namespace proxyattn::cuda {
 
 inline constexpr int64_t kMaxGridX = 2147483647;
 inline constexpr int64_t kMaxGridYZ = 65535;
-inline constexpr int kStaticSharedLimit = 48 * 1024;  // bytes a kernel gets without asking
 
 struct LaunchShape {
   int64_t grid_x;  // the longest dimension
@@ -39,10 +38,12 @@ inline int device_attribute(const char* op, cudaDeviceAttr attribute) {
   return value;
 }
 
-// Kernel is a template argument so that each kernel has its own record of prepared devices.
+// The 48 KiB that a kernel gets without asking are for its static shared memory too, so it asks for
+// whatever is dynamic. Kernel is a template argument so that each kernel has its own record of
+// prepared devices.
 template <auto Kernel>
 void allow_shared_memory(const char* op, int shared_bytes) {
-  if (shared_bytes <= kStaticSharedLimit) return;
+  if (shared_bytes == 0) return;
   // Never destroyed: other threads may launch while the process ends.
   static HighWater& allowed = *new HighWater;
   allowed.reach(current_device(op), shared_bytes, [&] {

@@ -24,14 +24,16 @@ bool fits(const AttentionParams& p) {
       (p.q_block == kQueryRows || p.q_block == kSmallBlock) && p.kv_block == kSmallBlock;
   const bool tiled = large || small;
   const bool counted = 0 < p.kv_len && p.kv_len <= kMaxTokens && p.q_len <= kMaxTokens &&
-                       (is_packed(p) || (0 <= p.q_offset && p.q_offset <= kMaxTokens)) &&
+                       -kMaxTokens <= p.q_offset && p.q_offset <= kMaxTokens &&
                        p.list_capacity <= kMaxTokens &&
                        batch_entries(p) * p.q_heads * (p.rows.end - p.rows.begin) <= kMaxTiles &&
                        p.packed.total_q <= kMaxTokens && p.packed.total_kv <= kMaxTokens &&
                        p.packed.num_pages <= kMaxTokens;
   const TensorSizes queries = query_sizes(p);
   const TensorSizes keys = key_sizes(p);
-  return tiled && counted && tensor_map_fits(p.q, queries, p.q_strides) &&
+  // Packed calls may have neither tokens nor pages; a tensor map of nothing is not valid.
+  const bool anything = queries.tokens > 0 && keys.tokens > 0 && keys.batch > 0;
+  return tiled && counted && anything && tensor_map_fits(p.q, queries, p.q_strides) &&
          tensor_map_fits(p.k, keys, p.k_strides) && tensor_map_fits(p.v, keys, p.v_strides) &&
          tensor_map_fits(p.out, queries, p.out_strides);
 }
