@@ -10,6 +10,8 @@ attention first. A competitor that is missing or fails says why and is left out.
   end2end   proxy_attention reading a tenth of the blocks or less, against dense attention
   serving   the same over 32 sequences of 1K to 64K tokens in one call, packed and paged, and one
             by one; against FlashAttention-4 over the same pack
+  chunks    the last queries of a prompt beside all of it; against FlashAttention-4, dense
+  windows   sliding windows, and the blocks that they touch as lists; against FlashAttention-4
 
 Dense rows count N * N / 2 pairs, sparse rows whole executed blocks. Exits with 1 if a result was
 wrong or proxyattn failed.
@@ -38,6 +40,8 @@ SECTION_SECONDS = {
     "estimate": 50,
     "end2end": 90,
     "serving": 60,
+    "chunks": 40,
+    "windows": 30,
 }
 CEILING_SIZE = 8192
 

@@ -193,6 +193,30 @@ def first(result: Tensor | tuple) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+def flash4_window(inputs: Inputs, window: int) -> Call:
+    from flash_attn.cute.interface import flash_attn_func
+
+    seen = {"causal": True, "window_size": (window - 1, 0)}
+    return lambda: first(flash_attn_func(inputs.q, inputs.k, inputs.v, **seen))
+
+
+def flash4_chunk(inputs: Inputs, begin: int) -> Call:
+    from flash_attn.cute.interface import flash_attn_func
+
+    q = inputs.q[:, begin:].contiguous()
+    return lambda: first(flash_attn_func(q, inputs.k, inputs.v, causal=True))
+
+
+def torch_window(inputs: Inputs, window: int) -> Call:
+    """torch's attention with a token mask; for short inputs on a CPU."""
+    q, k, v = heads_first(inputs)
+    ones = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
+    mask = ones.tril() & ones.triu(1 - window)
+    return lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(
+        1, 2
+    )
+
+
 # ---- who competes where
 
 
@@ -217,3 +241,15 @@ def sparse_builders(device: torch.device) -> dict[str, Callable[[Inputs, Chosen]
     if device.type == "cpu":
         return {"torch SDPA, masked": torch_masked}
     return {"FlashAttention-4": flash4_sparse, "flex_attention": torch_flex}
+
+
+def chunk_builders(device: torch.device) -> dict[str, Callable[[Inputs, int], Call]]:
+    """Dense competitors over the queries from one on: name to ``builder(inputs, begin)``."""
+    return {} if device.type == "cpu" else {"FlashAttention-4": flash4_chunk}
+
+
+def window_builders(device: torch.device) -> dict[str, Callable[[Inputs, int], Call]]:
+    """Competitors with a sliding window: name to ``builder(inputs, window)``."""
+    if device.type == "cpu":
+        return {"torch SDPA, masked": torch_window}
+    return {"FlashAttention-4": flash4_window}

@@ -130,16 +130,27 @@ def blocks_for_density(num_blocks: int, density: float) -> int:
 
 
 class ExactRows:
-    """Exact attention in fp32 of sampled query rows, to judge results by."""
+    """Exact attention in fp32 of sampled query rows, to judge results by. Outputs begin with query
+    ``first``; a ``window`` shows a query so many keys, itself the last."""
 
-    def __init__(self, inputs: Inputs, causal: bool = True, chosen: Chosen | None = None):
+    def __init__(
+        self,
+        inputs: Inputs,
+        causal: bool = True,
+        chosen: Chosen | None = None,
+        first: int = 0,
+        window: int | None = None,
+    ):
         shape, device = inputs.shape, inputs.q.device
-        count = min(SAMPLED_ROWS, shape.length)
-        self.positions = torch.linspace(0, shape.length - 1, count, device=device).long()
+        self.first = first
+        count = min(SAMPLED_ROWS, shape.length - first)
+        self.positions = torch.linspace(first, shape.length - 1, count, device=device).long()
         key = torch.arange(shape.length, device=device)
         visible = torch.ones((1, count, shape.length), dtype=torch.bool, device=device)
         if causal:
             visible = (key <= self.positions[:, None])[None]
+        if window is not None:
+            visible = visible & (key > self.positions[:, None] - window)
         if chosen is not None:
             taken = chosen.rows(self.positions)
             visible = visible & taken.repeat_interleave(chosen.block_size, -1)[..., : shape.length]
@@ -154,5 +165,5 @@ class ExactRows:
 
     def error(self, out: Tensor) -> float:
         """Relative L2 distance of ``out [1, N, Hq, D]`` at the sampled rows; NaN if it has any."""
-        got = out[0, self.positions].float()
+        got = out[0, self.positions - self.first].float()
         return float((got - self.out).norm() / self.out.norm())

@@ -14,11 +14,13 @@ import torch
 from peers import (
     OURS,
     Entry,
+    chunk_builders,
     dense_builders,
     ours_dense,
     ours_over_lists,
     ours_sparse,
     sparse_builders,
+    window_builders,
 )
 from peers_inputs import (
     Chosen,
@@ -49,6 +51,8 @@ ALMOST_ALL = 0.99999
 #: Of any inputs a block or two hold this much.
 ALMOST_NOTHING = 0.001
 LONGEST_NON_CAUSAL = 32768
+CHUNKS = (16384, 8192, 2048)
+WINDOW = 1024
 
 
 def shapes(args: argparse.Namespace, lengths: list[int]) -> list[Shape]:
@@ -385,6 +389,94 @@ def ours_one_by_one(pack: Pack, **settings) -> Callable[[], Tensor]:
     return call
 
 
+# ---- chunks
+
+
+def chunk_cases(args: argparse.Namespace) -> Cases:
+    """The last queries of a prompt, whose keys are there already. Prefixes end where a block does,
+    so that a chunk reads what its rows read in the whole prompt."""
+    lengths = args.lengths or ([512] if args.device == "cpu" else [131072])
+    chunks = [128] if args.device == "cpu" else CHUNKS
+    cases = []
+    prefixes = [-(-length // PIPELINE_BLOCK) * PIPELINE_BLOCK for length in lengths]
+    for prefix, heads, chunk in itertools.product(prefixes, args.heads, chunks):
+        shape = Shape(prefix + chunk, *heads, args.head_dim)
+        case = {"prefix": prefix, "chunk": chunk, "heads": shape.heads(), "D": args.head_dim}
+        case["density"] = args.read or END_TO_END_DENSITY
+        cases.append((case, functools.partial(chunk_entries, shape, chunk)))
+    return cases
+
+
+def chunk_entries(shape: Shape, chunk: int, bench) -> Entries:
+    """The whole prompt, then its last chunk, each with the blocks that it executes: what a chunk
+    costs over its share is the ratio of their TFLOPS."""
+    inputs = inputs_for(bench, shape)
+    size, proxies, first = PIPELINE_BLOCK, shape.kv_heads, shape.length - chunk
+    density = bench.args.read or END_TO_END_DENSITY
+    blocks = blocks_for_density(-(-shape.length // size), density)
+    sparse = {"gamma": ALMOST_NOTHING, "min_budget": size * blocks}
+    stride = bench.args.stride
+    chosen = selected_blocks(*Estimation(inputs, proxies, stride, size, **sparse).all(), size)
+    settings = {"stride": stride, "block_size": size, "num_proxy_heads": proxies, **sparse}
+
+    def ours(first: int) -> Callable[[], Tensor]:
+        q = inputs.q[:, first:]
+        return lambda: proxyattn.proxy_attention(q, inputs.k, inputs.v, **settings)
+
+    def entry(first: int) -> Entry:
+        flops = shape.block_flops(int(chosen.mask[:, first // size :].sum()), size)
+        exact = ExactRows(inputs, chosen=chosen, first=first)
+        return Entry(functools.partial(ours, first), flops, exact)
+
+    entries = {f"{OURS} whole": entry(0), f"{OURS} chunk": entry(first)}
+    flops = shape.dense_flops(causal=True) - Shape(
+        first, shape.q_heads, shape.kv_heads, shape.head_dim
+    ).dense_flops(causal=True)
+    exact = ExactRows(inputs, first=first)
+    for who, build in chunk_builders(bench.device).items():
+        entries[f"{who} chunk"] = Entry(functools.partial(build, inputs, first), flops, exact)
+    return entries
+
+
+# ---- windows
+
+
+def window_cases(args: argparse.Namespace) -> Cases:
+    window = 100 if args.device == "cpu" else WINDOW
+    return [
+        (case_of(shape, window=window), functools.partial(window_entries, shape, window))
+        for shape in shapes(args, [32768, 131072])
+    ]
+
+
+def window_entries(shape: Shape, window: int, bench) -> Entries:
+    """A sliding window, then lists of the blocks that it touches without a window."""
+    inputs = inputs_for(bench, shape)
+    size = PIPELINE_BLOCK
+    touched = touched_blocks(shape, window, size, bench.device)
+    flops = shape.block_flops(touched.num_blocks, size)
+    exact = ExactRows(inputs, window=window)
+
+    def ours() -> Callable[[], Tensor]:
+        settings = {"gamma": 1.0, "block_size": size, "window": window}
+        return lambda: proxyattn.proxy_attention(inputs.q, inputs.k, inputs.v, **settings)
+
+    entries = {OURS: Entry(ours, flops, exact)}
+    lists = functools.partial(ours_sparse, inputs, touched)
+    entries[f"{OURS}, its blocks whole"] = Entry(lists, flops, ExactRows(inputs, chosen=touched))
+    for who, build in window_builders(bench.device).items():
+        entries[who] = Entry(functools.partial(build, inputs, window), flops, exact)
+    return entries
+
+
+def touched_blocks(shape: Shape, window: int, size: int, device: torch.device) -> Chosen:
+    num_blocks = -(-shape.length // size)
+    row = torch.arange(num_blocks, device=device)
+    first = (row * size - window + 1).clamp(min=0) // size  # of the block's first query
+    mask = (row <= row[:, None]) & (row >= first[:, None])
+    return Chosen(mask.expand(shape.q_heads, -1, -1), size)
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], Cases]] = {
     "dense": dense_cases,
     "sparse": sparse_cases,
@@ -392,4 +484,6 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Cases]] = {
     "estimate": estimate_cases,
     "end2end": end_to_end_cases,
     "serving": serving_cases,
+    "chunks": chunk_cases,
+    "windows": window_cases,
 }

@@ -277,7 +277,16 @@ def test_peers_on_cpu(tmp_path):
     assert {case["status"] for case in cases} == {"ok"}, result.stdout
     assert {case["bench"] for case in cases} == {
         f"peers.{section}"
-        for section in ("dense", "sparse", "select", "estimate", "end2end", "serving")
+        for section in (
+            "dense",
+            "sparse",
+            "select",
+            "estimate",
+            "end2end",
+            "serving",
+            "chunks",
+            "windows",
+        )
     }
     checked = [case for case in cases if case["bench"] != "peers.estimate"]
     assert {case["case"]["who"].split()[0] for case in checked} == {"proxyattn", "torch"}
