@@ -463,7 +463,7 @@ def window_entries(shape: Shape, window: int, bench) -> Entries:
 
     entries = {OURS: Entry(ours, flops, exact)}
     lists = functools.partial(ours_sparse, inputs, touched)
-    entries[f"{OURS}, its blocks whole"] = Entry(lists, flops, ExactRows(inputs, chosen=touched))
+    entries[f"{OURS} its blocks whole"] = Entry(lists, flops, ExactRows(inputs, chosen=touched))
     for who, build in window_builders(bench.device).items():
         entries[who] = Entry(functools.partial(build, inputs, window), flops, exact)
     return entries
