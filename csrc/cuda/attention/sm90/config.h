@@ -1,10 +1,10 @@
 // Tile sizes of the sm90 attention kernels.
 //
-// A team, of which a thread block has one or two, is a scout warp, a producer warp and two consumer
-// warpgroups of 64 query rows each. With query blocks of 128 rows a team works on one block of one
-// head; with blocks of 64 on one block of two heads, whose lists share what they can (pairs.cuh).
-// Keys and values pass in tiles of kKeyRows through the team's rings in shared memory; a tile is
-// part of a key block, a whole one, or gathered from two of half its rows.
+// A team, of which a thread block has one or two, is a scout warp, one or two producer warps and
+// two consumer warpgroups of 64 query rows each. With query blocks of 128 rows a team works on one
+// block of one head; with blocks of 64 on one block of two heads, whose lists share what they can
+// (pairs.cuh). Keys and values pass in tiles of kKeyRows through the team's rings in shared memory;
+// a tile is part of a key block, a whole one, or gathered from two of half its rows.
 #pragma once
 
 #include <cstdint>
@@ -51,9 +51,12 @@ constexpr TileConfig tile_config(int head_dim) {
   // 256: 128 accumulators of output leave registers for 64 keys and one set of probabilities; one
   // 64 KB query tile and two stages of 32 KB each for keys and values fill shared memory.
   if (head_dim == 256) return {64, 1, 2, 2, Overlap::kNone, 1, 40, 232};
-  // 128: two query tiles, three key and two value stages of 32 KB: the most that fits. The third
-  // key stage gains 1 %, the second set of probabilities 4 to 7 % (H100, 32K to 128K tokens).
-  if (head_dim == 128) return {128, 2, 3, 2, Overlap::kOutput, 1, 40, 232};
+  // 128: two query tiles, two key and three value stages of 32 KB: the most that fits. A key slot
+  // is free when scores are there, early in a step; a value slot when the later warpgroup has ended
+  // its step, which is little before the earlier one wants it filled again. So the third stage is
+  // the values': with blocks of 64 2 to 6 % (H200, 32K tokens). The second set of probabilities
+  // gains 4 to 7 % (H100, 32K to 128K tokens).
+  if (head_dim == 128) return {128, 2, 2, 3, Overlap::kOutput, 1, 40, 232};
   // 64: as many exponentials as products take time, so that two warps a scheduler leave both units
   // idle. Small tiles make room for a second team: 4 % at 8K to 16 % at 32K over one with tiles of
   // 128 keys.

@@ -4,10 +4,10 @@
 //
 // Shapes: see problem.h. Grid: a persistent thread block per multiprocessor; its teams work on
 // query tiles of their own. The first warpgroups compute, two of a team, 64 query rows each
-// (consumer.cuh); in the last one a warp of each team loads keys and values (producer.cuh), another
-// queries, and finds out which (scout.cuh). Shared memory: a team's query, key and value rings
-// (shared_storage.cuh), up to 226 KB in all. Which block sizes and tensors it takes layout.cpp
-// says.
+// (consumer.cuh); in the last one a warp or two of each team load keys and values (producer.cuh),
+// another queries, and finds out which (scout.cuh). Shared memory: a team's query, key and value
+// rings (shared_storage.cuh), up to 226 KB in all. Which block sizes and tensors it takes
+// layout.cpp says. README.md has the vocabulary and a drawing of the schedule.
 #pragma once
 
 #include "cuda/attention/sm90/consumer.cuh"
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       storage[team].query_barriers.init(kConsumerWarps);
       storage[team].key_barriers.init(kConsumerWarps);
       storage[team].value_barriers.init(kConsumerWarps);
-      storage[team].order_barriers.init(kWarpLanes, kWarpLanes);
+      storage[team].order_barriers.init(Traits::kProducers * kWarpLanes, kWarpLanes);
     }
     ptx::mbarrier_init_fence();
   }
@@ -50,8 +50,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     ptx::give_back_registers<Traits::kProducerRegisters>();
     const int team = warp % Traits::kTeams;
     const int role = warp % 4 / Traits::kTeams;
-    if (role == 0) Producer<Traits>(problem, storage[team]).run();
-    if (role == 1) Scout<Traits>(problem, storage[team], team).run();
+    if (role == 0) Scout<Traits>(problem, storage[team], team).run();
+    if constexpr (Traits::kProducers == 1) {
+      if (role == 1) Producer<Traits, Loads::kBoth>(problem, storage[team]).run();
+    } else {
+      if (role == 1) Producer<Traits, Loads::kKeys>(problem, storage[team]).run();
+      if (role == 2) Producer<Traits, Loads::kValues>(problem, storage[team]).run();
+    }
   } else {
     ptx::take_registers<Traits::kConsumerRegisters>();
     Consumer<Traits>(problem, storage[warpgroup / 2], warpgroup).run();

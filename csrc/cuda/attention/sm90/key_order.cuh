@@ -1,4 +1,4 @@
-// Which keys a team's producer is to load next, as the scout says, and how it walks them.
+// Which keys a team's producers are to load next, as the scout says, and how they walk them.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@
 
 namespace proxyattn::cuda::sm90 {
 
-// The keys of a query tile. What is known of them stays in shared memory: the producer has few
+// The keys of a query tile. What is known of them stays in shared memory: a producer has few
 // registers and much to remember.
 struct KeyPlace {
   const Problem& p;

@@ -33,19 +33,19 @@ inline int log2_of(int64_t power_of_two) {
 
 template <typename Traits>
 Problem make_problem(const AttentionParams& a) {
-  constexpr int kKeyBoxes = Traits::kParts == 1 ? Traits::kBoxes : 1;  // of one load
   Problem p{};
   const TensorSizes queries = query_sizes(a);
   const TensorSizes keys = key_sizes(a);
   const bool paged = a.packed.page_table != nullptr;
   const int page_rows = static_cast<int>(min_of<int64_t>(a.packed.page_len, Traits::kPartRows));
-  const TensorBox page_box{page_rows, 1};
+  // A whole part's boxes come in one load where they follow one another in shared memory.
+  const int value_boxes = page_rows < Traits::kPartRows && paged ? 1 : Traits::kBoxes;
+  const int key_boxes = Traits::kParts == 1 ? value_boxes : 1;
+  const int rows = paged ? page_rows : Traits::kPartRows;
   p.q_map = make_tensor_map(kOp, a.q, a.dtype, queries, a.q_strides,
                             {Traits::kBlockRows, Traits::kBoxes});
-  p.k_map = make_tensor_map(kOp, a.k, a.dtype, keys, a.k_strides,
-                            paged ? page_box : TensorBox{Traits::kPartRows, kKeyBoxes});
-  p.v_map = make_tensor_map(kOp, a.v, a.dtype, keys, a.v_strides,
-                            paged ? page_box : TensorBox{Traits::kPartRows, Traits::kBoxes});
+  p.k_map = make_tensor_map(kOp, a.k, a.dtype, keys, a.k_strides, {rows, key_boxes});
+  p.v_map = make_tensor_map(kOp, a.v, a.dtype, keys, a.v_strides, {rows, value_boxes});
   p.out_map = make_tensor_map(kOp, a.out, a.dtype, queries, a.out_strides, {kWarpgroupRows, 1});
   if (is_packed(a)) {
     p.v_row_map = make_tensor_map(kOp, a.v, a.dtype, keys, a.v_strides, {1, 1});

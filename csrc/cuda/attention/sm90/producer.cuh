@@ -1,9 +1,12 @@
-// The producer warp: loads the key and value tiles that its scout has found.
+// The producer warps: load the key and value tiles that their scout has found.
 //
-// Order of loads in a tile: K0, K1, V0, K2, V1, ..., so that the keys of the next step are there
-// when the values of this one are wanted. The whole warp walks the list; lane 0 talks to the
-// barriers of the rings and to the copy engine, which takes a part of a tile at a time. Of pages it
-// takes what a page has of a part, 64 columns at a time, and each lane asks for one such box.
+// A team has one for keys and one for values if the producers' warpgroup has warps enough. One that
+// loads both takes K0, K1, V0, K2, V1, ..., so that the keys of the next step are there when the
+// values of this one are wanted. The whole warp walks the list; lane 0 talks to the barriers of the
+// rings and to the copy engine, which takes a part of a tile at a time. Of pages it takes what a
+// page has of a part, 64 columns at a time unless that is the whole part, and each lane asks for
+// one such box. The warp issues them one after another, which takes longer than the copy engine
+// does: with small pages it is what two warps are for.
 #pragma once
 
 #include <cstdint>
@@ -19,11 +22,14 @@
 
 namespace proxyattn::cuda::sm90 {
 
-template <typename Traits>
+// Of one warp.
+enum class Loads { kKeys, kValues, kBoth };
+
+template <typename Traits, Loads kLoads>
 class Producer {
  public:
   PROXYATTN_DEVICE Producer(const Problem& problem, SharedStorage<Traits>& shared)
-      : p_(problem), shared_(shared) {
+      : p_(problem), shared_(shared), owner_(shared.owners[kLoads == Loads::kValues]) {
     key_.phase = value_.phase = 1;
   }
 
@@ -37,12 +43,12 @@ class Producer {
       const KeyOrder& order = shared_.order;
       const int blocks = order.blocks;
       if (blocks == kNoMoreOrders) return;
-      if (leads_warp()) shared_.owner = order.owner;
-      BlockWalk walk(p_, order, shared_.owner);
+      if (leads_warp()) owner_ = order.owner;
+      BlockWalk walk(p_, order, owner_);
       __syncwarp();  // the owner is written
       ptx::mbarrier_arrive(&shared_.order_barriers.empty[0]);
       order_.next();
-      load_tiles(KeyPlace{p_, shared_.owner}, walk, blocks);
+      load_tiles(KeyPlace{p_, owner_}, walk, blocks);
     }
   }
 
@@ -76,10 +82,21 @@ class Producer {
       }
       const int page_before = page;
       if (place.is_paged()) page = place.page(first_key(parts));
-      load_key(place, parts, page);
-      if (step > 0) load_value(place, 2, page_before);
+      if constexpr (kLoads != Loads::kValues) load_key(place, parts, page);
+      if constexpr (kLoads == Loads::kValues) load_value(place, parts, page);
+      if constexpr (kLoads == Loads::kBoth) {
+        if (step > 0) load_value_behind(place, 2, page_before);
+      }
     }
-    if (steps > 0) load_value(place, 1, page);
+    if (kLoads == Loads::kBoth && steps > 0) load_value_behind(place, 1, page);
+  }
+
+  // Of a key tile loaded so many tiles ago.
+  PROXYATTN_DEVICE void load_value_behind(const KeyPlace& place, int tiles_before, int page) {
+    wait_value_slot();
+    Parts parts;
+    read_key_parts(tiles_before, parts);
+    fill_value(place, parts, page);
   }
 
   // Of a key tile loaded so many tiles ago, at most two. No other has come into its slot yet. A
@@ -107,8 +124,8 @@ class Producer {
     }
     if (place.is_paged()) {
       __syncwarp();  // bytes are announced before any arrive
-      load_page_box(slot, Traits::kPartBoxBytes, Traits::kKeyBoxBytes, &p_.k_map, full, place,
-                    parts, page);
+      load_page_box<Traits::kParts == 1>(slot, Traits::kPartBoxBytes, Traits::kKeyBoxBytes,
+                                         &p_.k_map, full, place, parts, page);
     } else if (leads_warp()) {
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
@@ -124,12 +141,17 @@ class Producer {
     key_.next();
   }
 
-  // Of the key tile that was loaded so many tiles ago.
-  PROXYATTN_DEVICE void load_value(const KeyPlace& place, int tiles_before, int page) {
-    uint64_t* full = &shared_.value_barriers.full[value_.slot];
+  PROXYATTN_DEVICE void wait_value_slot() const {
     wait(&shared_.value_barriers.empty[value_.slot], value_.phase, ptx::WaitSite::kProducerValue);
-    Parts parts;
-    read_key_parts(tiles_before, parts);
+  }
+
+  PROXYATTN_DEVICE void load_value(const KeyPlace& place, const Parts& parts, int page) {
+    wait_value_slot();
+    fill_value(place, parts, page);
+  }
+
+  PROXYATTN_DEVICE void fill_value(const KeyPlace& place, const Parts& parts, int page) {
+    uint64_t* full = &shared_.value_barriers.full[value_.slot];
     uint8_t* slot = shared_.value[value_.slot];
     if (leads_warp()) expect(full, parts);
     int tail = -1;
@@ -143,8 +165,8 @@ class Producer {
     if (place.is_paged() || tail >= 0) __syncwarp();  // bytes are announced before any arrive
     if (tail >= 0) load_tail(slot + tail * Traits::kPartBytes, full, place, tail_part);
     if (place.is_paged()) {
-      load_page_box(slot, Traits::kPartBytes, Traits::kPartBoxBytes, &p_.v_map, full, place, parts,
-                    page, tail);
+      load_page_box<true>(slot, Traits::kPartBytes, Traits::kPartBoxBytes, &p_.v_map, full, place,
+                          parts, page, tail);
     } else if (leads_warp()) {
       PROXYATTN_UNROLL
       for (int i = 0; i < Traits::kParts; ++i) {
@@ -183,6 +205,8 @@ class Producer {
     return part * Traits::kPartRows + lane_row();
   }
 
+  // With kBoxesJoin a whole part's boxes follow one another in the slot, and come together.
+  template <bool kBoxesJoin>
   PROXYATTN_DEVICE void load_page_box(uint8_t* slot,
                                       int part_bytes,
                                       int box_bytes,
@@ -196,6 +220,7 @@ class Producer {
     if (part >= Traits::kParts || part == left_out) return;
     if (Traits::kParts > 1 && part > 0 && parts[Traits::kParts - 1] == kNoPart) return;
     const int box = warp_lane() % Traits::kBoxes;
+    if (kBoxesJoin && box > 0 && 1 << p_.pages.load_rows_log2 == Traits::kPartRows) return;
     ptx::tma_load(slot + part * part_bytes + box * box_bytes + lane_row() * Traits::kBoxRowBytes,
                   map, full, 0, place.token_in_page(first_key(parts)), box, place.owner.kv_head,
                   page, ptx::kEvictNormal);
@@ -222,6 +247,7 @@ class Producer {
 
   const Problem& p_;
   SharedStorage<Traits>& shared_;
+  KeyOwner& owner_;  // whose keys it loads; in shared memory, as a producer has few registers
   Ring<1> order_;
   Ring<Traits::kKeyStages> key_;
   Ring<Traits::kValueStages> value_;

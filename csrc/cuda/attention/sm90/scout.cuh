@@ -1,7 +1,7 @@
 // The scout warp of a team: takes query tiles, finds out what is to be read for them, loads the
-// queries and has the producer load the keys.
+// queries and has the producers load the keys.
 //
-// It works a tile ahead. The producer alone would wait for global memory three times, for the
+// It works a tile ahead. A producer alone would wait for global memory three times, for the
 // number of a tile, for its counts and list and for its queries, before anybody could begin.
 #pragma once
 
@@ -37,7 +37,7 @@ class Scout {
       HeadBlocks heads[2];
       give_order(place, heads);
       load_query(place, heads);
-      // Taken when the producer has begun with the one before: who takes tiles early ends late.
+      // Taken when the producers have begun with the one before: who takes tiles early ends late.
       ptx::mbarrier_wait(&shared_.order_barriers.empty[0], order_.phase,
                          ptx::WaitSite::kScoutOrder);
       __syncwarp();
@@ -112,7 +112,7 @@ class Scout {
     return __shfl_sync(kAllLanes, visible, 0);
   }
 
-  // Each lane's arrival orders what it wrote before the producer's reads.
+  // Each lane's arrival orders what it wrote before the producers' reads.
   PROXYATTN_DEVICE void pass_order() {
     ptx::mbarrier_arrive(&shared_.order_barriers.full[0]);
     order_.next();

@@ -1,4 +1,4 @@
-// Shared memory of a team: rings of query, key and value tiles, and what scout and producer say of
+// Shared memory of a team: rings of query, key and value tiles, and what scout and producers say of
 // them.
 #pragma once
 
@@ -74,9 +74,9 @@ struct __align__(1024) SharedStorage {
   RingBarriers<Traits::kValueStages> value_barriers;
   RingBarriers<1> order_barriers;
   KeyOrder order;
-  KeyOwner owner;     // of the order that the producer works on
-  Sequence sequence;  // of the tile that the scout works on
-  BlockRows block;    // likewise
+  KeyOwner owners[2];  // of the orders that the producers work on
+  Sequence sequence;   // of the tile that the scout works on
+  BlockRows block;     // likewise
   TileInfo tiles[Traits::kQueryStages][kTeamGroups];
   BlockRows rows[Traits::kQueryStages];
   TileParts<Traits> key_parts[Traits::kKeyStages];  // what a slot holds, with marks

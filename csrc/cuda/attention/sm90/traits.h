@@ -25,6 +25,8 @@ struct Traits {
   static constexpr int kParts = tile_parts(HeadDim, kSizes);
   static constexpr int kPartRows = kKeyRows / kParts;
   static constexpr int kConsumerGroups = kTeamGroups * kTeams;
+  // Of a team: the producers' warpgroup has four warps, of which each team's scout is one.
+  static constexpr int kProducers = kTeams == 1 ? 2 : 1;
   static constexpr int kThreads = 128 * (kConsumerGroups + 1);
   static constexpr Overlap kOverlap = tile_config(HeadDim).overlap;
 
