@@ -4,13 +4,15 @@
     python bench/vllm_latency.py --model qwen --cases 'first 128K*,decode*' --json times.json
     python bench/vllm_latency.py --dry-run            # a tiny model on a CPU: the paths, not times
 
-Engines start in processes of their own, the two backends in turn. Weights are random, and random
-attention has no structure that a budget could follow, so that shares are set instead: each case
-says which part of the causal blocks the long rows read (gamma 0 and a least budget). Such times are
-those of a model that needs this share; they say nothing about what a model needs.
+Engines start in processes of their own, the two backends in turn; with --together both start at
+once, in half the time and memory for two, and measure one after the other. Weights are random, and
+random attention has no structure that a budget could follow, so that shares are set instead: each
+case says which part of the causal blocks the long rows read (gamma 0 and a least budget). Such
+times are those of a model that needs this share; they say nothing about what a model needs.
 """
 
 import argparse
+import fcntl
 import fnmatch
 import json
 import os
@@ -144,6 +146,14 @@ def save_config(model: str, folder: str) -> str:
     return folder
 
 
+def cache_bytes(model: str, case: Case) -> int:
+    """Of keys and values of all tokens in bfloat16, with some room."""
+    shape = MODELS[model]
+    head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    token = 4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim
+    return token * (sum(case.lengths) + len(case.lengths) * (case.new_tokens + 256) + 4 * K)
+
+
 class Engine:
     def __init__(self, model: str, case: Case, backend: str | None, folder: str, on_cpu: bool):
         from vllm import LLM
@@ -163,6 +173,9 @@ class Engine:
             max_num_seqs=max(8, len(case.lengths)),
             enable_prefix_caching=case.cached > 0,
             enforce_eager=case.eager or on_cpu,
+            # Its own profile of memory would count what another engine takes meanwhile.
+            **({} if on_cpu else {"kv_cache_memory_bytes": cache_bytes(model, case)}),
+            gpu_memory_utilization=0.3,
         )
         self.vocabulary = MODELS[model]["vocab_size"]
 
@@ -220,7 +233,9 @@ def run_child(task: dict) -> None:
     case = Case(**{**task["case"], "lengths": tuple(task["case"]["lengths"])})
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(task["model"], case, task["backend"], folder, task["on_cpu"])
-        seconds = measure(engine, case, task["repeats"])
+        with Path(task["turn"]).open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            seconds = measure(engine, case, task["repeats"])
     print(json.dumps({"seconds": seconds, "rows": counts()}), file=sys.stderr)
     Path(task["out"]).write_text(json.dumps({"seconds": seconds, "rows": counts()}))
 
@@ -228,37 +243,54 @@ def run_child(task: dict) -> None:
 # ---- all of them, and the table
 
 
-def run(task: dict) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        command = [sys.executable, __file__, "--child", json.dumps({**task, "out": str(out)})]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            tail = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
+class Child:
+    """An engine that starts and measures in its own process."""
+
+    def __init__(self, task: dict, folder: str):
+        self.out = Path(folder, f"{task['backend']}.json")
+        self.log = Path(folder, f"{task['backend']}.log")
+        task = {**task, "out": str(self.out), "turn": str(Path(folder, "turn"))}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--child", json.dumps(task)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def result(self) -> dict:
+        if self.process.wait() != 0:
+            tail = "\n".join(self.log.read_text().splitlines()[-30:])
             raise SystemExit(f"vllm_latency: an engine failed, with\n{tail}")
-        return json.loads(out.read_text())
+        return json.loads(self.out.read_text())
 
 
 def compare(case: Case, arguments) -> dict:
     """Seconds of both backends, each from as many engines as there are rounds."""
     ours = theirs = ()
     rows = {}
+    backends = (None if arguments.dry_run else arguments.beside, "CUSTOM")
+    common = {
+        "model": arguments.model,
+        "case": asdict(case),
+        "repeats": arguments.repeats,
+        "on_cpu": arguments.dry_run,
+    }
     for _ in range(arguments.rounds):
-        for backend in (None if arguments.dry_run else arguments.beside, "CUSTOM"):
-            task = {
-                "model": arguments.model,
-                "case": asdict(case),
-                "backend": backend,
-                "repeats": arguments.repeats,
-                "on_cpu": arguments.dry_run,
-            }
-            result = run(task)
-            if backend == "CUSTOM":
-                ours, rows = (*ours, *result["seconds"]), result["rows"]
-            else:
-                theirs = (*theirs, *result["seconds"])
-                if result["rows"]:
-                    raise SystemExit(f"vllm_latency: {backend} ran proxyattn: {result['rows']}")
+        with tempfile.TemporaryDirectory() as folder:
+            children = []
+            try:
+                for backend in backends:
+                    children.append(Child({**common, "backend": backend}, folder))
+                    if not arguments.together:
+                        children[-1].result()
+                their, own = (child.result() for child in children)
+            finally:
+                for child in children:
+                    child.process.kill()
+        ours, rows = (*ours, *own["seconds"]), own["rows"]
+        theirs = (*theirs, *their["seconds"])
+        if their["rows"]:
+            raise SystemExit(f"vllm_latency: {backends[0]} ran proxyattn: {their['rows']}")
     if case.timed != "decode" and not rows.get("sparse"):
         raise SystemExit(f"vllm_latency: {case.name}: no row ran sparse: {rows}")
     return {"case": asdict(case), "ours": ours, "theirs": theirs, "rows": rows}
@@ -292,6 +324,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beside", default="FLASH_ATTN", help="the other attention backend")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of an engine")
     parser.add_argument("--rounds", type=int, default=1, help="engines of each backend")
+    parser.add_argument("--together", action="store_true", help="start both engines at once")
     parser.add_argument("--json", help="a file for all numbers")
     parser.add_argument(
         "--dry-run",
