@@ -90,7 +90,9 @@ def set_threads():
 
 def _is_fp32_on_cuda(item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
-    dtype = params.get("dtype", getattr(params.get("case"), "dtype", None))
+    case = params.get("case")
+    of_case = case.get("dtype") if isinstance(case, dict) else getattr(case, "dtype", None)
+    dtype = params.get("dtype", of_case)
     return params.get("device") == "cuda" and dtype == torch.float32
 
 
