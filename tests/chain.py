@@ -26,11 +26,13 @@ def scores_of(
     block_size=64,
     num_proxy_heads=None,
     with_mass=True,
+    window=None,
 ):
     """Stages 1 and 2: (peak, mass)."""
     proxies = proxyattn.pool_heads(q, k, num_proxy_heads, stride, pooling)
     lengths = (q.shape[1], k.shape[1])
-    return proxyattn.score_blocks(*proxies, *lengths, stride, block_size, causal, scale, with_mass)
+    settings = (stride, block_size, causal, scale, with_mass, window)
+    return proxyattn.score_blocks(*proxies, *lengths, *settings)
 
 
 def choose_by_stages(

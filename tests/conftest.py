@@ -91,8 +91,8 @@ def set_threads():
 def _is_fp32_on_cuda(item) -> bool:
     params = getattr(getattr(item, "callspec", None), "params", {})
     case = params.get("case")
-    case = case if isinstance(case, dict) else vars(case) if hasattr(case, "__dict__") else {}
-    dtype = params.get("dtype", case.get("dtype"))
+    of_case = case.get("dtype") if isinstance(case, dict) else getattr(case, "dtype", None)
+    dtype = params.get("dtype", of_case)
     return params.get("device") == "cuda" and dtype == torch.float32
 
 

@@ -31,7 +31,7 @@ def assert_same_rankings(indices, expected, peak):
     assert np.array_equal(np.sort(indices, axis=-1), np.sort(expected, axis=-1))
     first, second = (np.take_along_axis(peak, np.maximum(x, 0), -1) for x in (indices, expected))
     moved = indices != expected
-    assert np.abs(first - second)[moved].max(initial=0.0) <= PEAK_MARGIN
+    assert np.abs(first[moved] - second[moved]).max(initial=0.0) <= PEAK_MARGIN
 
 
 def assert_top_p_counts(
@@ -44,6 +44,7 @@ def assert_top_p_counts(
     min_budget=0,
     num_sink_blocks=1,
     num_local_blocks=1,
+    window=None,
 ):
     """Counts are those of the reference for these rankings, but for those within the margin, which
     must reach what is needed as one block less must not. Returns how many those are.
@@ -57,8 +58,8 @@ def assert_top_p_counts(
     heads_per_proxy = counts.shape[1] // rankings.shape[1]
     num_close = 0
     for b, c, m in np.ndindex(rankings.shape[:3]):
-        visible = num_visible(m, *geometry)
-        forced = len(forced_blocks(m, *geometry, num_sink_blocks, num_local_blocks))
+        visible = num_visible(m, *geometry, window)
+        forced = len(forced_blocks(m, *geometry, num_sink_blocks, num_local_blocks, window))
         least = reference.least_count(forced, visible, min_budget, geometry[2])
         held = reference.held_parts(mass[b, c, m], rankings[b, c, m, :visible], forced)
         for h in range(c * heads_per_proxy, (c + 1) * heads_per_proxy):

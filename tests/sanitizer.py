@@ -32,25 +32,31 @@ def assert_finite(*tensors):
 POOLINGS = (("mean", 4), ("mean", 1), ("first", 2))
 
 
+#: Of more than a block, so that the rows of a tile see different ones.
+WINDOW = 70
+
+
 def run_stages(q_len, kv_len, causal, head_dim, block_size, stride, dtype, pooling, proxies):
     q = random_tensor(1, q_len, 4, head_dim, dtype=dtype)
     k, v = (random_tensor(1, kv_len, 2, head_dim, dtype=dtype) for _ in range(2))
     lengths = (q_len, kv_len)
     settings = (*lengths, stride, block_size, causal)
     pooled = proxyattn.pool_heads(q, k, proxies, stride, pooling)
-    proxyattn.score_blocks(*pooled, *settings)
-    peak, mass = proxyattn.score_blocks(*pooled, *settings, with_mass=True)
-    shares = proxyattn.estimate_shares(q, k, block_size, causal)
-    budgets = proxyattn.estimate_budgets(q, k, 0.7, block_size, causal)
-    assert_finite(mass, shares)
-    for mode, needs in (("top_p", shares), ("last_block", budgets)):
-        lists = proxyattn.select_blocks(
-            peak, mass, needs, *lengths, 4, block_size, causal, mode, 0.7, min_budget=0
-        )
-        results = proxyattn.block_sparse_attention(
-            q, k, v, *lists, block_size, causal, return_lse=True
-        )
-        assert_finite(*results)
+    for window in (None, WINDOW) if causal else (None,):
+        inside = {"window": window}
+        proxyattn.score_blocks(*pooled, *settings, **inside)
+        peak, mass = proxyattn.score_blocks(*pooled, *settings, with_mass=True, **inside)
+        shares = proxyattn.estimate_shares(q, k, block_size, causal, **inside)
+        budgets = proxyattn.estimate_budgets(q, k, 0.7, block_size, causal, **inside)
+        assert_finite(mass, shares)
+        for mode, needs in (("top_p", shares), ("last_block", budgets)):
+            choice = (*lengths, 4, block_size, causal, mode, 0.7)
+            lists = proxyattn.select_blocks(peak, mass, needs, *choice, min_budget=0, **inside)
+            results = proxyattn.block_sparse_attention(
+                q, k, v, *lists, block_size, causal, return_lse=True, **inside
+            )
+            assert_finite(*results)
+    for mode in ("top_p", "last_block"):
         run_pipelines(q, k, v, causal, stride, pooling, block_size, proxies, mode)
 
 
@@ -72,12 +78,22 @@ def run_pipelines(q, k, v, causal, stride, pooling, block_size, proxies, mode):
         assert_finite(proxyattn.proxy_attention(q, k, v, gamma=0.7, shares=zeros, **settings))
     if causal:
         sinks = torch.ones(4, device="cuda")
-        inside = {"gamma": 1.0, "window": 70, "sink_logits": sinks}
-        assert_finite(proxyattn.proxy_attention(q, k, v, **inside, **settings))
+        for gamma in (0.7, 1.0):
+            inside = {"gamma": gamma, "window": WINDOW, **settings}
+            proxyattn.choose_blocks(q, k, **inside)
+            assert_finite(proxyattn.proxy_attention(q, k, v, **inside, sink_logits=sinks))
 
 
 #: Ragged, empty, behind a cached prefix, and more queries than keys.
 PACKED_LENGTHS = [(130, 130), (0, 70), (70, 331), (65, 20), (1, 1)]
+#: Modes, gammas and windows.
+PACKED_CHOICES = (
+    ("top_p", 0.7, None),
+    ("last_block", 0.7, None),
+    ("top_p", 1.0, None),
+    ("top_p", 0.7, WINDOW),
+    ("last_block", 0.7, WINDOW),
+)
 #: Where their keys lie, and how.
 PLACES = ((None, "two"), (16, "halves"), (64, "pairs"), (128, "heads_first"))
 
@@ -99,8 +115,8 @@ def run_packed(page, cache, head_dim, block_size, stride, dtype, pooling, proxie
             # Its lists are of blocks of 64.
             assert_finite(getattr(proxyattn, op)(**arguments, block_size=64)[0][used])
             continue
-        for mode, gamma in (("top_p", 0.7), ("last_block", 0.7), ("top_p", 1.0)):
-            chain = {**arguments, **settings, "budget_mode": mode, "gamma": gamma}
+        for mode, gamma, window in PACKED_CHOICES:
+            chain = {**arguments, **settings, "budget_mode": mode, "gamma": gamma, "window": window}
             # In one piece, and query block by query block.
             for limit in (None, smallest_workspace(chain, op=op)):
                 result = getattr(proxyattn, op)(**chain, max_workspace_bytes=limit)

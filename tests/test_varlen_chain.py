@@ -66,6 +66,13 @@ def test_replays_with_other_shares(cuda, op):
 
 
 @pages
+@pytest.mark.parametrize("window", [1, 100, 300])
+@pytest.mark.parametrize("op", CHAINS)
+def test_replays_inside_a_window(cuda, op, window, page):
+    check_replays(cuda, op, page, window=window)
+
+
+@pages
 def test_replays_into_a_tensor_of_the_caller(cuda, page):
     pack = random_pack(cuda, CAPACITY, page=page, slack=1, spare=0)
     check_replays(cuda, "proxy_attention_varlen", page, out=torch.zeros_like(pack.tensors["q"]))
@@ -123,6 +130,15 @@ def test_nobody_feels_the_others(cuda, mode, block_size, page):
         {**pack.arguments, **settings, "return_lse": True}, op="proxy_attention_varlen"
     )
     check_many(pack, settings, 2 * needed, range(0, 24, 5))
+
+
+@pages
+@pytest.mark.parametrize("mode", ["top_p", "last_block"])
+@pytest.mark.parametrize("window", [64, 1000])
+def test_nobody_feels_the_others_inside_a_window(cuda, window, mode, page):
+    pack = random_pack(cuda, many_lengths(24, 6000), (8, 2), 128, page=page, slack=2)
+    settings = {"gamma": 0.7, "min_budget": 0, "budget_mode": mode, "block_size": 64}
+    check_many(pack, {**settings, "window": window}, None, range(24))
 
 
 def test_more_sequences_than_a_thread_block_has_threads(cuda):

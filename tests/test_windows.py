@@ -1,4 +1,5 @@
-"""Windows and sinks in attention: what a query sees of its lists, and the column that joins it."""
+"""Windows and sinks in attention: what a query sees of its lists, and the column that joins it.
+What windows do to the choice of blocks is for test_window_stages.py and test_window_choice.py."""
 
 import numpy as np
 import plain
@@ -8,16 +9,19 @@ import torch
 from arguments import good_arguments, message_of
 from chain import random_inputs
 from inputs import DTYPES, HEAD_DIMS, LENGTHS, balanced, lay_out, normal
-from lists import assert_same_lists
 from packs import random_lists, random_pack
 from reference import attention as reference
-from reference import pipeline
-from reference.grid import positions, visible_blocks, visible_pairs
+from reference.grid import positions, visible_pairs
+from scores import MODES
 from tolerance import assert_close, assert_same_bits, assert_within, fp32_attention_errors, to_numpy
 
 CAUSAL = tuple((q_len, kv_len) for q_len, kv_len, causal in LENGTHS if causal)
 #: One key, about a block, blocks and more, all keys and one fewer, and more than anybody has.
 WINDOWS = (1, 2, 63, 64, 65, 100, 128, 190, 191, 2**62)
+#: Row tiles of several query blocks, chunks of several key tiles, and queries behind a prefix, for
+#: the choice of blocks, and windows that cut them.
+LONGER = ((300, 900), (1000, 1000), (200, 2500))
+ALL_WINDOWS = (*WINDOWS, 400, 700)
 #: Without a sink, one that nothing reaches, usual ones, and one that takes all there is.
 SINKS = (None, -torch.inf, 0.0, 2.5, 60.0)
 
@@ -155,11 +159,11 @@ def test_a_row_without_keys_has_the_sink_alone(device):
 
 
 @pytest.mark.parametrize("window", [2**62, 300])
-def test_a_window_that_hides_nothing_changes_no_bit(device, window):
+def test_a_window_that_hides_nothing_changes_no_bit(device, window, monkeypatch):
+    """In the family of kernels that chooses inside windows."""
+    monkeypatch.setenv("PROXYATTN_FAMILY", "sm80" if device == "cuda" else "")
     tensors = random_inputs(device, 200, 300)
     for settings in ({"gamma": 0.6, "min_budget": 0}, {"gamma": 1.0}):
-        if device == "cuda" and settings["gamma"] < 1:
-            continue  # refused, see below
         plain_out, plain_lse = proxyattn.proxy_attention(*tensors, **settings, return_lse=True)
         out, lse = proxyattn.proxy_attention(*tensors, **settings, window=window, return_lse=True)
         assert_same_bits(out, plain_out)
@@ -187,98 +191,15 @@ def test_sinks_choose_no_blocks(device, gamma):
     assert_right(out, lse, (q, k, v), lists, 64, None, sinks)
 
 
-def test_keys_outside_the_window_are_not_read(device):
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_keys_outside_the_window_are_not_read(device, gamma):
     """NaN in all that the window hides, but for the blocks at its edge."""
     q, k, v = random_inputs(device, 128, 1024)
+    settings = {"gamma": gamma, "min_budget": 0, "window": 200}
     first = (1024 - 128 + 1 - 200) // 128 * 128  # key of the first block that the window touches
-    want = proxyattn.proxy_attention(q, k, v, gamma=1.0, window=200)
+    want = proxyattn.proxy_attention(q, k, v, **settings)
     k[:, :first] = v[:, :first] = torch.nan
-    assert_same_bits(proxyattn.proxy_attention(q, k, v, gamma=1.0, window=200), want)
-
-
-# ---- what a window leaves of the choice of blocks; not on a GPU yet
-
-
-SETTINGS = (
-    {"budget_mode": "top_p", "gamma": 0.7},
-    {"budget_mode": "top_p", "gamma": 0.9, "num_sink_blocks": 3, "num_local_blocks": 2},
-    {"budget_mode": "last_block", "gamma": 0.7},
-    {"budget_mode": "last_block", "gamma": 1.0, "num_sink_blocks": 0, "num_local_blocks": 0},
-)
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("window", [1, 64, 150, 400, 1000])
-@pytest.mark.parametrize("stride", [4, 8])
-def test_choice_inside_a_window(settings, window, stride):
-    """By the reference: blocks outside the window don't exist."""
-    torch.manual_seed(window)
-    q, k, _ = random_inputs("cpu", 300, 900, dtype=torch.float32, batch=1)
-    settings = {**settings, "stride": stride, "num_proxy_heads": 2, "min_budget": 0}
-    indices, counts = proxyattn.choose_blocks(q, k, **settings, window=window)
-    want = pipeline.choose_blocks(
-        to_numpy(q),
-        to_numpy(k),
-        **settings,
-        round_to_dtype=lambda x: x.astype(np.float32).astype(np.float64),
-        window=window,
-    )
-    assert_same_lists(indices, want["indices"])
-    assert np.array_equal(counts.numpy(), want["counts"])
-    for m in range(indices.shape[2]):
-        visible = visible_blocks(m, 300, 900, 64, True, window)
-        for ranking in indices[0, :, m].tolist():
-            assert sorted(n for n in ranking if n >= 0) == visible.tolist()
-
-
-def test_stages_are_the_whole_inside_a_window():
-    q, k, v = random_inputs("cpu", 300, 900)
-    window = {"window": 200}
-    proxies = proxyattn.pool_heads(q, k)
-    peak, mass = proxyattn.score_blocks(*proxies, 300, 900, with_mass=True, **window)
-    torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass[..., 0]))
-    shares = proxyattn.estimate_shares(q, k, **window)
-    settings = {"gamma": 0.5, "min_budget": 0, **window}
-    lists = proxyattn.select_blocks(peak, mass, shares, 300, 900, 4, **settings)
-    for got, want in zip(lists, proxyattn.choose_blocks(q, k, **settings), strict=True):
-        assert torch.equal(got, want)
-    out, lse = proxyattn.block_sparse_attention(q, k, v, *lists, return_lse=True, **window)
-    whole = proxyattn.proxy_attention(q, k, v, **settings, return_lse=True)
-    assert_same_bits(out, whole[0])
-    assert_same_bits(lse, whole[1])
-
-
-def test_budgets_inside_a_window():
-    """All attention lies in one block of eight: far away, behind the window, and near."""
-    q = torch.ones(1, 64, 1, 64)
-    k = torch.zeros(1, 512, 1, 64)
-    k[:, :64] = 4.0
-    assert proxyattn.estimate_budgets(q, k, 0.99).item() == 1
-    # Of the three blocks that a window of 128 touches all are alike.
-    assert proxyattn.estimate_budgets(q, k, 0.99, window=128).item() == 3
-    assert proxyattn.estimate_shares(q, k).item() > 0.99  # the sink
-    # Its own block is the last of three, of which query i sees i + 1 keys.
-    seen = torch.arange(1, 65, dtype=torch.float64)
-    share = proxyattn.estimate_shares(q, k, window=128).item()
-    assert share == pytest.approx((seen / (128 + seen)).mean().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("window", [1, 64, 200, 2**62])
-def test_min_budget_that_covers_the_window_reads_all(window):
-    q, k, v = random_inputs("cpu", 300, 900)
-    settings = {"window": window, "return_lse": True}
-    out, _ = proxyattn.proxy_attention(q, k, v, gamma=0.1, min_budget=2**40, **settings)
-    want, _ = proxyattn.proxy_attention(q, k, v, gamma=1.0, **settings)
-    assert_same_bits(out, want)
-
-
-def test_chosen_blocks_inside_a_window_are_refused_on_a_gpu(device):
-    if device != "cuda":
-        pytest.skip("CPUs choose inside windows")
-    arguments = good_arguments("proxy_attention", device)
-    with pytest.raises(ValueError) as error:
-        proxyattn.proxy_attention(**arguments, window=64)
-    assert message_of(error).startswith("proxy_attention: window must be None on a GPU unless ")
+    assert_same_bits(proxyattn.proxy_attention(q, k, v, **settings), want)
 
 
 # ---- packed and paged sequences
@@ -316,17 +237,36 @@ def test_packed_sequences_are_calls_of_their_own(device, page, window):
         assert_same_bits(whole_lse[:, tokens], lse[0])
 
 
-@pytest.mark.parametrize("page", [None, 32])
-def test_packed_sequences_choose_inside_their_windows(page):
-    pack = random_pack("cpu", [(100, 100), (65, 400), (1, 257)], page=page)
-    settings = {"gamma": 0.5, "min_budget": 0, "window": 130}
+PACKED_LENGTHS = [(100, 100), (0, 300), (65, 400), (300, 200), (700, 1500), (1, 257)]
+
+
+@pytest.mark.parametrize("page", [None, 16, 32, 256])
+@pytest.mark.parametrize("window", [1, 64, 130, 500, 2**62])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_packed_sequences_choose_inside_their_windows(device, page, window, mode, block_size):
+    pack = random_pack(device, PACKED_LENGTHS, page=page)
+    settings = {"gamma": 0.5, "min_budget": 0, "window": window}
+    settings |= {"budget_mode": mode, "block_size": block_size}
     indices, counts = proxyattn.choose_blocks_varlen(**pack.estimate_arguments, **settings)
-    for i, (_, kv_len) in enumerate(pack.lengths):
-        q, k, _ = pack.sequences[i]
-        want_indices, want_counts = proxyattn.choose_blocks(q, k, **settings)
-        rows = pack.rows(i, 64)
-        assert torch.equal(indices[:, rows, : -(-kv_len // 64)], want_indices[0])
-        assert torch.equal(counts[:, rows], want_counts[0])
+    sinks = sinks_of(1.5, 4, device)
+    out, lse = proxyattn.proxy_attention_varlen(
+        **pack.arguments, **settings, sink_logits=sinks, return_lse=True
+    )
+    for i, (q_len, kv_len) in enumerate(pack.lengths):
+        if q_len == 0:
+            continue
+        tokens, rows = pack.tokens(i), pack.rows(i, block_size)
+        if q_len > kv_len:  # no dense call takes it
+            assert not out[tokens][: q_len - kv_len].any() and out[tokens].isfinite().all()
+            continue
+        own = (indices[:, rows, : -(-kv_len // block_size)], counts[:, rows])
+        assert (indices[:, rows, own[0].shape[2] :] == -1).all()
+        want = proxyattn.choose_blocks(*pack.sequences[i][:2], **settings)
+        for got, alone in zip(own, want, strict=True):
+            assert torch.equal(got, alone[0])
+        results = out[None, tokens], lse[None, :, tokens]
+        assert_right(*results, pack.sequences[i], want, block_size, window, sinks)
 
 
 # ---- errors

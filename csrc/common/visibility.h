@@ -55,6 +55,8 @@ class Visibility {
   PROXYATTN_HOST_DEVICE Visibility(bool causal, int64_t window)
       : causal_(causal), window_(0 < window && window < kFar ? static_cast<Int>(window) : kFar) {}
 
+  PROXYATTN_HOST_DEVICE bool has_window() const { return window_ < kFar; }
+
   // Of queries from position `first` on.
   PROXYATTN_HOST_DEVICE RowKeys<Int> rows(Int first, Int num_keys) const {
     if (!causal_) return {-kFar, num_keys, num_keys};

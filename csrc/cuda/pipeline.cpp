@@ -1,7 +1,6 @@
 #include "proxyattn/pipeline.h"
 
 #include "common/pipeline.h"
-#include "cuda/common/limits.h"
 
 namespace proxyattn::cuda {
 namespace {
@@ -23,18 +22,6 @@ struct Stages {
 };
 
 template <PipelineJob kJob>
-void check_window(const PipelineParams& p) {
-  const bool chooses = kJob == PipelineJob::kChoose || !chooses_all_blocks(p);
-  if (chooses) check_no_window(pipeline_op(kJob, p), p.window);
-}
-
-template <PipelineJob kJob>
-int64_t workspace_bytes(const PipelineParams& p) {
-  check_window<kJob>(p);
-  return Pipeline<Stages, kJob>(p).workspace_bytes();
-}
-
-template <PipelineJob kJob>
 void run(const PipelineParams& p, Stream stream) {
   const char* op = pipeline_op(kJob, p);
   validate_alignment(op, p);
@@ -44,7 +31,7 @@ void run(const PipelineParams& p, Stream stream) {
 }  // namespace
 
 int64_t proxy_attention_workspace_bytes(const PipelineParams& params) {
-  return workspace_bytes<PipelineJob::kAttend>(params);
+  return Pipeline<Stages, PipelineJob::kAttend>(params).workspace_bytes();
 }
 
 void proxy_attention(const PipelineParams& params, Stream stream) {
@@ -52,7 +39,7 @@ void proxy_attention(const PipelineParams& params, Stream stream) {
 }
 
 int64_t choose_blocks_workspace_bytes(const PipelineParams& params) {
-  return workspace_bytes<PipelineJob::kChoose>(params);
+  return Pipeline<Stages, PipelineJob::kChoose>(params).workspace_bytes();
 }
 
 void choose_blocks(const PipelineParams& params, Stream stream) {

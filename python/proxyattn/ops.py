@@ -423,8 +423,8 @@ def proxy_attention(
             multiples of ``block_size``, read what the whole prompt would.
         window: at least 1, causal only: a query sees so many keys, the last at its own position.
             Blocks that the window hides don't exist for the estimate either; with ``gamma >= 1``
-            all that it touches are read, and no others. On a GPU that is all there is: with a
-            window blocks can't be chosen there yet.
+            all that it touches are read, and no others. On any GPU the portable kernels choose
+            them.
         sink_logits: fp32 ``[Hq]``, see :func:`block_sparse_attention`; the estimate goes without.
         return_lse: return the log-sum-exp too.
         max_workspace_bytes: cap on the scratch memory; long sequences are then worked through in

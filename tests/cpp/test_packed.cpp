@@ -123,13 +123,18 @@ TEST(keys_in_pages) {
   CHECK_EQ(windows.of_keys(128 + 4).num_tokens, 4);  // there is such a window, of zeros
 }
 
-SelectArgs make_select_args(const PackedTable& packed, int64_t num_lists, int64_t list_heads) {
+constexpr int64_t kWindows[] = {0, 1, 64, 65, 300, 5000};  // 0: none
+
+SelectArgs make_select_args(const PackedTable& packed,
+                            int64_t num_lists,
+                            int64_t list_heads,
+                            int64_t window = 0) {
   // Rows only point into them: room for every place that a case names.
   static float scores[1 << 22];
   static int32_t lists[1 << 22];
   const SequenceParams& p = packed.params;
   SelectArgs args{};
-  args.grid = {p.max_q_len, p.max_kv_len, p.q_block, p.kv_block, 0, true};
+  args.grid = {p.max_q_len, p.max_kv_len, p.q_block, p.kv_block, 0, true, window};
   args.packed = packed.table;
   args.num_sink_blocks = 1;
   args.num_local_blocks = 1;
@@ -143,25 +148,26 @@ SelectArgs make_select_args(const PackedTable& packed, int64_t num_lists, int64_
 }
 
 // The same query block in a call of its sequence alone.
-BlockGrid own_grid(const PackedTable& packed, const Sequence& s) {
-  return {s.q_len, s.kv_len, packed.params.q_block, packed.params.kv_block, s.kv_len - s.q_len,
-          true};
+BlockGrid own_grid(const PackedTable& packed, const Sequence& s, int64_t window) {
+  const SequenceParams& p = packed.params;
+  return {s.q_len, s.kv_len, p.q_block, p.kv_block, s.kv_len - s.q_len, true, window};
 }
 
-TEST(a_packed_row_is_that_of_its_sequence_alone) {
+void check_rows_of_sequences(int64_t window) {
   const PackedTable packed(mixed_lengths(), 64, 128, 4, 1000);
   constexpr int64_t kLists = 3;
   constexpr int64_t kListHeads = 2;
-  const SelectArgs args = make_select_args(packed, kLists, kListHeads);
+  const SelectArgs args = make_select_args(packed, kLists, kListHeads, window);
   for (int32_t i = 0; i < packed.table.count; ++i) {
     const Sequence& s = packed.table.sequences[i];
-    const BlockGrid grid = own_grid(packed, s);
+    const BlockGrid grid = own_grid(packed, s, window);
     for (int64_t m = 0; m < grid.num_q_blocks(); ++m) {
       const int64_t block = s.first_q_block + m;
       for (int64_t list = 0; list < kLists; ++list) {
         const Row row(args, list, block);
         const ForcedBlocks forced(grid, m, 1, 1);
-        CHECK_EQ(int64_t{row.visible}, grid.visible(m));
+        CHECK_EQ(int64_t{row.visible}, grid.num_visible(m));
+        CHECK_EQ(row.forced.first, forced.first);
         CHECK_EQ(row.forced.local_begin, forced.local_begin);
         CHECK_EQ(int64_t{row.num_forced}, forced.count());
         CHECK_EQ(row.first_need, (i * kLists + list) * kListHeads);
@@ -174,6 +180,10 @@ TEST(a_packed_row_is_that_of_its_sequence_alone) {
       }
     }
   }
+}
+
+TEST(a_packed_row_is_that_of_its_sequence_alone) {
+  for (const int64_t window : kWindows) check_rows_of_sequences(window);
 }
 
 TEST(lists_of_a_part_lie_among_those_of_all) {
@@ -191,9 +201,9 @@ TEST(lists_of_a_part_lie_among_those_of_all) {
 }
 
 TEST(a_class_takes_the_rows_of_its_size) {
-  for (const int64_t spare : {0, 1000}) {
-    const PackedTable packed(mixed_lengths(), 64, 64, 4, spare);
-    const SelectArgs args = make_select_args(packed, 2, 1);
+  for (const int64_t window : kWindows) {
+    const PackedTable packed(mixed_lengths(), 64, 64, 4, window);  // some spare room, or none
+    const SelectArgs args = make_select_args(packed, 2, 1, window);
     const int64_t num_units = args.scores.count * args.num_lists;
     std::vector<int> times(static_cast<std::size_t>(num_units));
     int too_short = -1;
@@ -272,7 +282,7 @@ TEST(runs_of_blocks_are_of_one_sequence) {
                                         [&](const Sequence& s) { return ceil_div(s.kv_len, 128); });
 }
 
-NeedParams make_need_params(const PackedTable& packed) {
+NeedParams make_need_params(const PackedTable& packed, int64_t window = 0) {
   static const int32_t some_start = 0;
   NeedParams p{};
   p.batch = packed.params.count;
@@ -286,6 +296,7 @@ NeedParams make_need_params(const PackedTable& packed) {
   p.packed = packed.params.packed;
   p.packed.q_starts = &some_start;
   p.causal = true;
+  p.window = window;
   return p;
 }
 
@@ -316,6 +327,27 @@ TEST(needs_keep_the_key_blocks_of_sequences_apart) {
       }
     }
     CHECK_EQ(counted, int64_t{0});
+  }
+}
+
+TEST(needs_leave_out_the_key_blocks_that_a_window_hides) {
+  for (const int64_t window : kWindows) {
+    const PackedTable packed(mixed_lengths(), 128, 64, 4);
+    const NeedLayout layout(make_need_params(packed, window));
+    for (int32_t i = 0; i < packed.table.count; ++i) {
+      const Sequence& s = packed.table.sequences[i];
+      if (s.q_len == 0) continue;
+      const BlockGrid grid = own_grid(packed, s, window);
+      const int64_t hidden = grid.first_visible(grid.last_queries());
+      CHECK_EQ(int64_t{layout.span_of(s).hidden_blocks}, hidden);
+      NeedParams alone = make_need_params(packed, window);
+      alone.batch = 1;
+      alone.q_len = s.q_len;
+      alone.kv_len = s.kv_len;
+      alone.q_offset = s.offset;
+      alone.packed = {};
+      CHECK_EQ(int64_t{NeedLayout(alone).entry.hidden_blocks}, hidden);
+    }
   }
 }
 

@@ -68,10 +68,6 @@ std::string describe_kernels(int capability) {
   return text.empty() ? "none" : text;
 }
 
-std::string describe_call(const AttentionParams& p) {
-  return join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype));
-}
-
 const Kernel& choose_kernel(const AttentionParams& p) {
   const FamilyChoice choice(kOp);
   if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;

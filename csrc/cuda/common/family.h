@@ -5,6 +5,8 @@
 #include <limits>
 #include <string>
 
+#include "proxyattn/device.h"
+#include "proxyattn/error.h"
 #include "proxyattn/types.h"
 
 namespace proxyattn::cuda {
@@ -50,12 +52,23 @@ struct KernelKey {
   Family family;
   int64_t head_dim;  // kAnyHeadDim: any of them, and either type
   DType dtype;
+  bool takes_windows = true;
 
   template <typename Params>
   bool is_built_for(const Params& p) const {
+    if (p.window > 0 && !takes_windows) return false;
     return head_dim == kAnyHeadDim || (head_dim == p.head_dim && dtype == p.dtype);
   }
 };
+
+inline constexpr bool kNoWindows = false;
+
+// What of a call a row is chosen by, but for its layout.
+template <typename Params>
+std::string describe_call(const Params& p) {
+  const std::string text = join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype));
+  return p.window == 0 ? text : join_message(text, ", window=", p.window);
+}
 
 // The first row of a table, newest family first, that may run and takes the call's layout; null if
 // there is none. A row's `fits` is null where it takes every layout.

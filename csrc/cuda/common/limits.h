@@ -1,5 +1,5 @@
-// What the CUDA kernels take less of than the CPU does, element types, head sizes, key blocks and
-// windows, and what the smallest device gives them.
+// What the CUDA kernels take less of than the CPU does, element types, head sizes and key blocks,
+// and what the smallest device gives them.
 #pragma once
 
 #include <cstdint>
@@ -32,14 +32,6 @@ inline void check_head_dim(const char* op, int64_t head_dim) {
 inline void check_num_kv_blocks(const char* op, int64_t num_kv_blocks) {
   PROXYATTN_CHECK(num_kv_blocks <= kMaxCudaKvBlocks, op, ": kv_len must span at most ",
                   kMaxCudaKvBlocks, " key blocks on a GPU, got ", num_kv_blocks);
-}
-
-// The stages that choose blocks don't know windows here yet; attention does.
-inline void check_no_window(const char* op, int64_t window) {
-  PROXYATTN_CHECK(window == 0, op,
-                  ": window must be None on a GPU unless all blocks that it touches are read, as "
-                  "with gamma >= 1, got window=",
-                  window);
 }
 
 }  // namespace proxyattn::cuda

@@ -191,6 +191,23 @@ PROXYATTN_DEVICE void mask_logits(typename Traits::Logits& logits,
   }
 }
 
+// Row (r, half) sees no key below begins[r][half], where 8 keys of an mma tile begin.
+template <typename Traits>
+PROXYATTN_DEVICE void hide_logits_before(typename Traits::Logits& logits,
+                                         const typename Traits::RowLimits& begins,
+                                         int first_key) {
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int n = 0; n < Traits::kKeyTiles; ++n) {
+      PROXYATTN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (first_key + n * 8 < begins[r][i / 2]) logits[r][n][i] = kMinusInfinity;
+      }
+    }
+  }
+}
+
 // What exponentials are taken against, given the largest exponent: that, or 0 where there is none.
 PROXYATTN_DEVICE float log2_reference(float largest) {
   return largest == kMinusInfinity ? 0.0f : largest;

@@ -3,7 +3,8 @@
 //   block_lse[h, n, r] = log2 of the sum over the visible keys u of block n of 2^(factor * q . k_u)
 //
 // for query r of the last `rows` ones of head h, on all tokens; factor = scale * log2(e).
-// block_lse is [heads, kv_blocks, q_block] (layout.h), fp32, -inf where nothing is visible.
+// block_lse is [heads, kv_blocks, q_block] (layout.h), fp32, -inf where nothing is visible. Blocks
+// that a window hides from all of the queries are left alone; in the others it hides no key.
 //
 // A thread block owns 128 rows, which are one or two query heads of one kv head, and a chunk of
 // whole key blocks. Key blocks don't depend on each other, so any split gives the same bits. The
@@ -90,8 +91,10 @@ __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
   const int chunk = static_cast<int>(idx % p.num_chunks);
   const int64_t batch = idx / p.num_chunks;
   const NeedSource source = p.source(chunk);
-  const int first_key = (chunk - source.first_chunk) * p.chunk_keys;
-  if (first_key >= source.num_keys) return;
+  const int chunk_key = (chunk - source.first_chunk) * p.chunk_keys;
+  const int first_key = max(chunk_key, source.hidden_blocks(p.visibility, p.kv_block) * p.kv_block);
+  const int end_key = min(chunk_key + p.chunk_keys, source.num_keys);
+  if (first_key >= end_key) return;
 
   // A query head owns q_block rows of the tile, of which the first source.rows exist.
   const auto head_of = [&](int row) { return (tile * Traits::kTileRows + row) / p.q_block; };
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
           ? p.block_lse + (head_idx * p.num_kv_blocks + source.first_block) * p.q_block
           : nullptr;
   consumer.warp_row = first_row % p.q_block;
-  consumer.end_key = min(first_key + p.chunk_keys, source.num_keys);
+  consumer.end_key = end_key;
   consumer.unmasked_keys = source.rows < p.q_block ? 0 : source.visible_keys(0);
   PROXYATTN_UNROLL
   for (int r = 0; r < Traits::kRowTiles; ++r) {
@@ -131,8 +134,7 @@ __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
   // Pages are entries of the tensor, and packed sequences one.
   const Element* keys =
       static_cast<const Element*>(p.k) + batch * p.k_strides.batch + kv_head * p.k_strides.head;
-  logits.for_each_tile(make_key_rows<kPaged>(p, source, keys), first_key, consumer.end_key,
-                       consumer);
+  logits.for_each_tile(make_key_rows<kPaged>(p, source, keys), first_key, end_key, consumer);
 }
 
 }  // namespace proxyattn::cuda

@@ -45,8 +45,8 @@ void count_blocks(const NeedParams& params, const NeedLayout& layout, Stream str
 }
 
 void find_shares(const NeedParams& params, const NeedLayout& layout, Stream stream) {
-  const BlockGrid grid{params.q_len,    params.kv_len,   params.q_block,
-                       params.kv_block, params.q_offset, params.causal};
+  const BlockGrid grid{params.q_len,    params.kv_len, params.q_block, params.kv_block,
+                       params.q_offset, params.causal, params.window};
   const ShareProblem problem{
       layout,
       params.shares,

@@ -1,5 +1,6 @@
 // Picks the kernels of estimate_needs: the newest family that the device can run and that takes
-// the call's layout finds how the queries spread, then portable kernels conclude.
+// the call's layout finds how the queries spread, the portable one inside windows, then portable
+// kernels conclude.
 #include "cuda/needs/dispatch.h"
 
 #include "proxyattn/device.h"
@@ -22,8 +23,9 @@ struct Kernel : KernelKey {
 #ifdef PROXYATTN_HAS_SM90
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm90_kernel() {
-  return {
-      {kSm90, kHeadDim, kDType}, sm90::launch_block_lse<kHeadDim, kDType>, sm90::block_lse_fits};
+  return {{kSm90, kHeadDim, kDType, kNoWindows},
+          sm90::launch_block_lse<kHeadDim, kDType>,
+          sm90::block_lse_fits};
 }
 #endif
 
@@ -43,7 +45,7 @@ const Kernel& choose_kernel(const NeedParams& p) {
   const char* op = needs_op(p);
   const FamilyChoice choice(op);
   if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
-  choice.refuse(op, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
+  choice.refuse(op, describe_call(p));
 }
 
 bool has_nothing(const NeedParams& p) {
@@ -75,7 +77,6 @@ void estimate_needs(const NeedParams& params, Stream stream) {
   validate_alignment(op, params);
   check_dtype(op, params.dtype);
   check_head_dim(op, params.head_dim);
-  check_no_window(op, params.window);
   check_num_kv_blocks(op, ceil_div(params.kv_len, params.kv_block));
   validate_workspace(op, params.workspace, params.workspace_bytes,
                      estimate_needs_workspace_bytes(params));

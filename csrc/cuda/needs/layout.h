@@ -8,6 +8,8 @@
 
 #include "common/math.h"
 #include "common/sequence.h"
+#include "common/visibility.h"
+#include "cuda/needs/source.h"
 #include "cuda/sequences/block_runs.h"
 #include "cuda/sequences/packed.h"
 
@@ -24,6 +26,7 @@ struct NeedSpan {
   int num_blocks;
   int first_part;
   int num_parts;
+  int hidden_blocks;  // from the first on, by a window: in block_lse nothing is known of them
 };
 
 // The masses of one sequence's key blocks for one head.
@@ -48,6 +51,8 @@ struct NeedLayout {
   KeyRuns packed_parts;   // of no sequences: a batch
   int64_t q_heads;
   int64_t kv_block;
+  bool causal;
+  Visibility<int64_t> visibility;
 
   explicit NeedLayout(const NeedParams& p)
       : heads(is_packed(p) ? p.q_heads : p.batch * p.q_heads),
@@ -61,20 +66,33 @@ struct NeedLayout {
         block_lse(static_cast<float*>(p.workspace)),
         part_lse(block_lse + heads * num_kv_blocks * q_block),
         mass(part_lse + heads * num_parts * q_block),
-        entry{static_cast<int>(rows), 0, static_cast<int>(num_kv_blocks), 0,
-              static_cast<int>(num_parts)},
+        entry{static_cast<int>(rows),
+              0,
+              static_cast<int>(num_kv_blocks),
+              0,
+              static_cast<int>(num_parts),
+              NeedSource::of_entry(p).hidden_blocks(Visibility<int64_t>(p.causal, p.window),
+                                                    static_cast<int>(p.kv_block))},
         packed_parts{packed_table(p), static_cast<int32_t>(kBlocksPerPart)},
         q_heads(p.q_heads),
-        kv_block(p.kv_block) {}
+        kv_block(p.kv_block),
+        causal(p.causal),
+        visibility(p.causal, p.window) {}
 
   int64_t bytes() const {
     return heads * (num_kv_blocks * (q_block + 1) + num_parts * q_block) * int64_t{sizeof(float)};
   }
 
   PROXYATTN_HOST_DEVICE NeedSpan span_of(const Sequence& s) const {
-    const int blocks = s.q_len == 0 ? 0 : ceil_div(s.kv_len, static_cast<int>(kv_block));
-    return {min_of(static_cast<int>(q_block), s.q_len), s.first_kv_block, blocks,
-            packed_parts.first_run(s), ceil_div(blocks, static_cast<int>(kBlocksPerPart))};
+    const int block_keys = static_cast<int>(kv_block);
+    const NeedSource source = NeedSource::of(s, static_cast<int>(q_block), 0, causal);
+    const int blocks = ceil_div(source.num_keys, block_keys);
+    return {source.rows,
+            source.first_block,
+            blocks,
+            packed_parts.first_run(s),
+            ceil_div(blocks, static_cast<int>(kBlocksPerPart)),
+            source.hidden_blocks(visibility, block_keys)};
   }
 
   // Whose the part is.

@@ -42,6 +42,7 @@ NeedProblem make_problem(const NeedParams& p) {
   s.q_block = static_cast<int>(p.q_block);
   s.kv_block = static_cast<int>(p.kv_block);
   s.factor = p.scale * kLog2E;
+  s.visibility = Visibility<int64_t>(p.causal, p.window);
   s.q_aligned = rows_are_aligned(s.q, p.q_strides.batch, p.q_strides.token, p.q_strides.head);
   s.k_aligned = rows_are_aligned(s.k, p.k_strides.batch, p.k_strides.token, p.k_strides.head);
   return s;

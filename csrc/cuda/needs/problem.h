@@ -6,6 +6,7 @@
 #include "proxyattn/types.h"
 
 #include "common/math.h"
+#include "common/visibility.h"
 #include "cuda/needs/source.h"
 #include "cuda/sequences/block_runs.h"
 #include "cuda/sequences/page_table.h"
@@ -33,6 +34,7 @@ struct NeedProblem {
   float factor;     // scale * log2(e)
   bool q_aligned;
   bool k_aligned;
+  Visibility<int64_t> visibility;
 
   PROXYATTN_HOST_DEVICE int64_t q_heads() const { return kv_heads * group_heads; }
 

@@ -8,7 +8,8 @@
 // packed sequences each has its blocks and parts among a head's (layout.h). A thread block owns the
 // kBlocksPerPart blocks of one part of one head; the second of the two kernels adds up the part_lse
 // of all parts of the sequence first, which are few. Everything is added in a fixed order. A NaN
-// makes its row's row_lse NaN, and with it the mass of every block.
+// makes its row's row_lse NaN, and with it the mass of every block; but blocks that a window hides
+// have none.
 #pragma once
 
 #include <cstdint>
@@ -76,7 +77,8 @@ static __global__ void __launch_bounds__(kMassThreads)
   const int q_block = static_cast<int>(p.q_block);
   const int row = thread % q_block;
   const int num_shares = kMassThreads / q_block;
-  const int64_t first = own_part * kBlocksPerPart + thread / q_block;
+  const int64_t begin = max_of<int64_t>(own_part * kBlocksPerPart, span.hidden_blocks);
+  const int64_t first = begin + thread / q_block;
   const int64_t end = min_of<int64_t>((own_part + 1) * kBlocksPerPart, span.num_blocks);
   const int count =
       static_cast<int>(ceil_div(max_of<int64_t>(0, end - first), int64_t{num_shares}));
@@ -113,12 +115,13 @@ static __global__ void __launch_bounds__(kMassThreads)
   for (int i = 0; i < kBlocksPerPart / kMassWarps; ++i) {
     const int64_t block = own_part * kBlocksPerPart + i * kMassWarps + thread / kWarpLanes;
     if (block >= end) break;
+    const int num_rows = block < span.hidden_blocks ? 0 : span.rows;
     const float* lse = p.block_lse + (first_block + block) * p.q_block;
     double sum = 0.0;
     PROXYATTN_UNROLL
     for (int j = 0; j < kLaneRows; ++j) {
       const int row = lane + j * kWarpLanes;
-      if (row < span.rows) sum += static_cast<double>(ptx::ex2(lse[row] - row_lse[row]));
+      if (row < num_rows) sum += static_cast<double>(ptx::ex2(lse[row] - row_lse[row]));
     }
     sum = group_sum<kWarpLanes>(sum);
     if (lane == 0) p.mass[first_block + block] = static_cast<float>(sum);

@@ -7,6 +7,7 @@
 
 #include "common/math.h"
 #include "common/sequence.h"
+#include "common/visibility.h"
 
 namespace proxyattn::cuda {
 
@@ -59,6 +60,12 @@ struct NeedSource {
     if (row >= rows) return 0;
     if (!causal) return num_keys;
     return static_cast<int>(max_of<int64_t>(0, min_of<int64_t>(position + row + 1, num_keys)));
+  }
+
+  // Key blocks [0, hidden) that a window hides from all rows.
+  PROXYATTN_HOST_DEVICE int hidden_blocks(const Visibility<int64_t>& visibility,
+                                          int kv_block) const {
+    return visibility.rows(position, num_keys).narrow().blocks(rows - 1, kv_block).first;
   }
 };
 

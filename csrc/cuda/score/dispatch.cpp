@@ -1,5 +1,5 @@
 // Picks the kernels of score_blocks: the newest family that the device can run and that takes the
-// call's layout.
+// call's layout. Windows are for the portable one.
 #include "cuda/score/dispatch.h"
 
 #include "proxyattn/device.h"
@@ -24,7 +24,7 @@ struct Kernel : KernelKey {
 #ifdef PROXYATTN_HAS_SM90
 template <int kHeadDim, DType kDType>
 constexpr Kernel sm90_kernel() {
-  return {{kSm90, kHeadDim, kDType},
+  return {{kSm90, kHeadDim, kDType, kNoWindows},
           sm90::launch_score<kHeadDim, kDType>,
           sm90::score_fits,
           sm90::score_workspace_bytes};
@@ -46,7 +46,7 @@ constexpr Kernel kKernels[] = {
 const Kernel& choose_kernel(const ScoreParams& p) {
   const FamilyChoice choice(kOp);
   if (const Kernel* kernel = find_kernel(kKernels, choice, p)) return *kernel;
-  choice.refuse(kOp, join_message("head_dim=", p.head_dim, ", dtype=", dtype_name(p.dtype)));
+  choice.refuse(kOp, describe_call(p));
 }
 
 }  // namespace
@@ -70,7 +70,6 @@ void score_blocks(const ScoreParams& params, Stream stream) {
   validate_alignment(kOp, params);
   check_dtype(kOp, params.dtype);
   check_head_dim(kOp, params.head_dim);
-  check_no_window(kOp, params.window);
   const Kernel& kernel = choose_kernel(params);
   validate_workspace(kOp, params.workspace, params.workspace_bytes, kernel.workspace_bytes(params));
   if (params.batch == 0 || params.kv_len == 0) return;  // no cells

@@ -7,12 +7,15 @@
 
 #include "common/math.h"
 #include "common/sequence.h"
+#include "common/visibility.h"
 #include "cuda/sequences/block_runs.h"
 
 namespace proxyattn::cuda {
 
 // Sampled queries of one row tile of the kernels.
 inline constexpr int kScoreTileRows = 128;
+// Sampled keys of one of their key tiles.
+inline constexpr int kScoreTileKeys = 64;
 
 // Keys of a chunk: few enough that a call of one short sequence has work for every SM, many enough
 // that the queries' passage through shared memory is small beside it. The bound keeps the subcells
@@ -78,6 +81,7 @@ struct ScoreProblem {
   bool causal;
   bool q_aligned;
   bool k_aligned;
+  Visibility<int64_t> visibility;  // of tokens
 
   PROXYATTN_HOST_DEVICE bool is_packed() const { return packed_tiles.table.count > 0; }
 
@@ -108,6 +112,16 @@ struct ScoreProblem {
     const int64_t position = own.position + row * stride;
     if (position < 0) return 0;
     return static_cast<int>(min_of<int64_t>(position / stride + 1, own.num_keys));
+  }
+
+  // Sampled keys [0, hidden) that a window hides from a row: those of key blocks that it hides from
+  // all queries of the row's block. Never falls from one row to the next.
+  PROXYATTN_HOST_DEVICE int hidden_keys(const ScoreSource& own, int64_t row) const {
+    if (!visibility.has_window()) return 0;
+    const int64_t first_row = row / block_rows * block_rows;
+    const auto seen =
+        visibility.rows(own.position + first_row * stride, int64_t{own.num_keys} * stride).narrow();
+    return seen.blocks(block_rows * stride - 1, block_keys * stride).first * block_keys;
   }
 };
 
@@ -144,17 +158,34 @@ struct ScoreChunk {
 
   PROXYATTN_HOST_DEVICE int first_key() const { return work.chunk * source.chunk_keys; }
 
+  // Begin of the key tiles of the chunk with a key that a window leaves to any row of the tile.
+  PROXYATTN_HOST_DEVICE int begin_key() const {
+    const int hidden = p.hidden_keys(source, work.first_row);
+    return max_of(first_key(), hidden / kScoreTileKeys * kScoreTileKeys);
+  }
+
   // End of the keys of the chunk that any row of the tile sees; at most first_key if none does.
   PROXYATTN_HOST_DEVICE int end_key() const {
     const int64_t last_row = min_of(work.first_row + kScoreTileRows, source.num_rows) - 1;
     return min_of(p.visible_keys(source, last_row), first_key() + source.chunk_keys);
   }
 
-  // Keys that every row of the tile sees. Rows past the end see none.
+  // Keys that every row of the tile sees but for a window. Rows past the end see none.
   PROXYATTN_HOST_DEVICE int unmasked_keys() const {
     return work.first_row + kScoreTileRows > source.num_rows
                ? 0
                : p.visible_keys(source, work.first_row);
+  }
+
+  // Keys that a window hides from some row of the tile.
+  PROXYATTN_HOST_DEVICE int cut_keys() const {
+    return p.hidden_keys(source, work.first_row + kScoreTileRows - 1);
+  }
+
+  // Whether a window leaves key block `kv_block` of the chunk to query block `q_block` of the tile.
+  PROXYATTN_HOST_DEVICE bool shows(int q_block, int kv_block) const {
+    return first_key() + kv_block * p.block_keys >=
+           p.hidden_keys(source, work.first_row + q_block * p.block_rows);
   }
 };
 

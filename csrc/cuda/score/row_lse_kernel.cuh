@@ -21,7 +21,7 @@ namespace proxyattn::cuda {
 template <typename Traits>
 struct ScoreTile {
   using Element = typename Traits::Element;
-  static_assert(kScoreTileRows == Traits::kTileRows);
+  static_assert(kScoreTileRows == Traits::kTileRows && kScoreTileKeys == Traits::kTileKeys);
 
   RowSource<Element> halves[2];
   KeyRows<Element> keys;
@@ -60,6 +60,18 @@ PROXYATTN_DEVICE void find_limits(typename Traits::RowLimits& limits, const Scor
   }
 }
 
+template <typename Traits>
+PROXYATTN_DEVICE void find_begins(typename Traits::RowLimits& begins, const ScoreChunk& chunk) {
+  PROXYATTN_UNROLL
+  for (int r = 0; r < Traits::kRowTiles; ++r) {
+    PROXYATTN_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      begins[r][half] =
+          chunk.p.hidden_keys(chunk.source, chunk.work.first_row + Traits::row(r, half));
+    }
+  }
+}
+
 // Calls run(chunk) for each chunk of a thread block's row tile, which is one unless sequences are
 // packed; collective. Their numbers of chunks differ, so a few thread blocks share those of a tile,
 // and of a short sequence's few find none. What the thread block works on then lies in shared
@@ -89,37 +101,46 @@ PROXYATTN_DEVICE void for_each_chunk(const ScoreProblem& p, const Run& run) {
   }
 }
 
-template <typename Traits>
+template <typename Traits, bool kWindowed>
 struct LseConsumer {
   RowSums<Traits> sums;
   typename Traits::RowLimits limits;
+  typename Traits::RowLimits begins;  // with a window
   int unmasked_keys;
+  int cut_keys;  // with a window
   float factor;
 
   PROXYATTN_DEVICE void operator()(typename Traits::Logits& logits, int first_key) {
     if (first_key + Traits::kTileKeys > unmasked_keys) {
       mask_logits<Traits>(logits, limits, first_key);
     }
+    if constexpr (kWindowed) {
+      if (first_key < cut_keys) hide_logits_before<Traits>(logits, begins, first_key);
+    }
     sums.add(logits, factor);
   }
 };
 
-template <typename Traits>
+template <typename Traits, bool kWindowed>
 PROXYATTN_DEVICE void run_lse_chunk(const ScoreChunk& chunk, const void* shared) {
   const ScoreProblem& p = chunk.p;
   const ScoreWork& work = chunk.work;
   const ScoreSource& source = chunk.source;
-  const int first_key = chunk.first_key();
+  const int begin_key = kWindowed ? chunk.begin_key() : chunk.first_key();
   const int end_key = chunk.end_key();
-  if (end_key <= first_key) return;
+  if (end_key <= begin_key) return;
   const ScoreTile<Traits> tile(chunk);
   LogitTiles<Traits> logits(shared);
   logits.load_rows(tile.halves[0], tile.halves[1], p.q_strides.token, p.q_aligned);
-  LseConsumer<Traits> consumer;
+  LseConsumer<Traits, kWindowed> consumer;
   consumer.unmasked_keys = chunk.unmasked_keys();
   consumer.factor = p.factor;
   find_limits<Traits>(consumer.limits, chunk);
-  logits.for_each_tile(tile.keys, first_key, end_key, consumer);
+  if constexpr (kWindowed) {
+    consumer.cut_keys = chunk.cut_keys();
+    find_begins<Traits>(consumer.begins, chunk);
+  }
+  logits.for_each_tile(tile.keys, begin_key, end_key, consumer);
 
   float* lse = p.lse + work.list * p.lse_pitch + work.chunk * p.lse_rows + source.first_lse;
   PROXYATTN_UNROLL
@@ -133,19 +154,21 @@ PROXYATTN_DEVICE void run_lse_chunk(const ScoreChunk& chunk, const void* shared)
   }
 }
 
-template <typename Element, int kHeadDim, bool kPacked>
+// Windows are a kernel of their own: without one their masks would be dead weight in the loop.
+template <typename Element, int kHeadDim, bool kPacked, bool kWindowed>
 __global__ void __launch_bounds__(LogitTraits<Element, kHeadDim>::kThreads,
                                   LogitTraits<Element, kHeadDim>::kBlocksPerSm)
     row_lse_kernel(const __grid_constant__ ScoreProblem p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   for_each_chunk<kPacked>(p, [&](const ScoreChunk& chunk) {
-    run_lse_chunk<LogitTraits<Element, kHeadDim>>(chunk, shared);
+    run_lse_chunk<LogitTraits<Element, kHeadDim>, kWindowed>(chunk, shared);
   });
 }
 
 inline constexpr int kCombineThreads = 128;
 
-// One thread a row. Chunks behind the row's last visible key were never written.
+// One thread a row. Chunks behind the row's last visible key, and before the first, were never
+// written.
 static __global__ void __launch_bounds__(kCombineThreads)
     combine_lse_kernel(const __grid_constant__ ScoreProblem p) {
   const int64_t idx = int64_t{blockIdx.x} * kCombineThreads + threadIdx.x;
@@ -158,15 +181,16 @@ static __global__ void __launch_bounds__(kCombineThreads)
     source = p.source(p.packed_tiles.table.sequences[owner]);
   }
   float* lse = p.lse + idx / p.lse_rows * p.lse_pitch + place;
-  const int visible = p.visible_keys(source, place - source.first_lse);
-  const int num_chunks = ceil_div(visible, source.chunk_keys);
+  const int64_t row = place - source.first_lse;
+  const int first_chunk = p.hidden_keys(source, row) / source.chunk_keys;
+  const int end_chunk = ceil_div(p.visible_keys(source, row), source.chunk_keys);
   float largest = kMinusInfinity;
-  for (int chunk = 0; chunk < num_chunks; ++chunk) {
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
     largest = fmaxf(largest, lse[chunk * p.lse_rows]);
   }
   const float reference = log2_reference(largest);
   float sum = 0.0f;
-  for (int chunk = 0; chunk < num_chunks; ++chunk) {
+  for (int chunk = first_chunk; chunk < end_chunk; ++chunk) {
     sum += ptx::ex2(lse[chunk * p.lse_rows] - reference);
   }
   lse[0] = sum == 0.0f ? kMinusInfinity : reference + log2f(sum);

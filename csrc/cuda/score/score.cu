@@ -78,6 +78,7 @@ ScoreProblem make_problem(const ScoreParams& p) {
                    : ceil_div<int64_t>(s.entry.num_rows, kScoreTileRows);
   s.factor = p.scale * kLog2E;
   s.causal = p.causal;
+  s.visibility = Visibility<int64_t>(p.causal, p.window);
   const TokenStrides& q = s.q_strides;
   const TokenStrides& k = s.k_strides;
   s.q_aligned = rows_are_aligned(s.q, q.batch, q.token, q.head);
@@ -105,16 +106,25 @@ LaunchShape tile_shape(const ScoreProblem& problem, int extra_bytes) {
 }
 
 template <typename Element, int kHeadDim, bool kPacked>
+void find_lse(const ScoreProblem& problem, Stream stream) {
+  const LaunchShape tiles = tile_shape<LogitTraits<Element, kHeadDim>>(problem, 0);
+  if (problem.visibility.has_window()) {
+    launch<row_lse_kernel<Element, kHeadDim, kPacked, true>>(kOp, tiles, stream, problem);
+  } else {
+    launch<row_lse_kernel<Element, kHeadDim, kPacked, false>>(kOp, tiles, stream, problem);
+  }
+  LaunchShape combine{ceil_div<int64_t>(problem.lists * problem.lse_rows, kCombineThreads)};
+  combine.threads = kCombineThreads;
+  launch<combine_lse_kernel>(kOp, combine, stream, problem);
+}
+
+template <typename Element, int kHeadDim, bool kPacked>
 void run(ScoreProblem problem, Stream stream) {
   using Traits = LogitTraits<Element, kHeadDim>;
   static_assert(Traits::kSharedBytes + 2 * subcell_floats(kMaxChunkKeys) * int{sizeof(float)} <=
                 kPortableSharedBytes);
   set_pass(problem, ScorePass::kLse);
-  launch<row_lse_kernel<Element, kHeadDim, kPacked>>(kOp, tile_shape<Traits>(problem, 0), stream,
-                                                     problem);
-  LaunchShape combine{ceil_div<int64_t>(problem.lists * problem.lse_rows, kCombineThreads)};
-  combine.threads = kCombineThreads;
-  launch<combine_lse_kernel>(kOp, combine, stream, problem);
+  find_lse<Element, kHeadDim, kPacked>(problem, stream);
 
   set_pass(problem, ScorePass::kCells);
   // No sequence of fewer keys has longer chunks.

@@ -9,6 +9,7 @@
 // reduces its logits to subcells of 8 x 8 by a butterfly that leaves one subcell in each lane and
 // puts them into shared memory; block sizes and strides are multiples of 8, so at the end of the
 // chunk the subcells are merged to cells in a fixed order and stored. Nothing is added atomically.
+// What a window hides is whole cells: they are left out there.
 //
 // Shared memory: the ring of LogitTiles, the subcells' peaks, then their masses if wanted.
 //
@@ -82,7 +83,7 @@ struct CellConsumer {
   typename Traits::PerRow lse;
   typename Traits::RowLimits limits;
   int unmasked_keys;
-  int chunk_first_key;
+  int begin_key;  // of the subcells' first column
   float factor;
   int pitch;
   float* peaks;  // [row groups of the thread block, pitch] in shared memory
@@ -130,21 +131,28 @@ struct CellConsumer {
     const int lane = thread % kWarpLanes;
     if (lane >= kSubcells) return;
     const int group = thread / kWarpLanes * kRowGroups + lane / Traits::kKeyTiles;
-    const int column = (first_key - chunk_first_key) / kSubcell + lane % Traits::kKeyTiles;
+    const int column = (first_key - begin_key) / kSubcell + lane % Traits::kKeyTiles;
     subcells[group * pitch + column] = value;
   }
 };
 
+// The columns of a chunk's subcells that were computed. Nobody sees the others.
+struct SubcellColumns {
+  int first;
+  int count;
+};
+
 // Merges subcells into the cells of the tile and the chunk, a group of lanes to a cell, and calls
 // write(query block, key block, value), both counted from the first ones of the tile and chunk,
-// in one lane of each group. Columns from `num_columns` on were not computed: nobody sees them.
+// in one lane of each group.
 template <typename Op, typename Write>
-PROXYATTN_DEVICE void merge_subcells(const ScoreProblem& p,
-                                     int chunk_keys,
+PROXYATTN_DEVICE void merge_subcells(const ScoreChunk& chunk,
                                      const float* subcells,
-                                     int num_columns,
+                                     const SubcellColumns& columns,
                                      int num_warps,
                                      Write& write) {
+  const ScoreProblem& p = chunk.p;
+  const int chunk_keys = chunk.source.chunk_keys;
   const int cell_rows = p.block_rows / kSubcell;
   const int cell_columns = p.block_keys / kSubcell;
   const int cell_size = cell_rows * cell_columns;
@@ -161,11 +169,12 @@ PROXYATTN_DEVICE void merge_subcells(const ScoreProblem& p,
     const int cell = first + lane / group_lanes;
     const int q_block = cell / row_cells;
     const int kv_block = cell % row_cells;
+    const int num_columns = chunk.shows(q_block, kv_block) ? columns.count : 0;
     float value = Op::kNeutral;
     for (int i = lane % group_lanes; i < cell_size; i += group_lanes) {
       const int row = q_block * cell_rows + i / cell_columns;
-      const int column = kv_block * cell_columns + i % cell_columns;
-      if (column < num_columns) value = op(value, subcells[row * pitch + column]);
+      const int column = kv_block * cell_columns + i % cell_columns - columns.first;
+      if (0 <= column && column < num_columns) value = op(value, subcells[row * pitch + column]);
     }
     for (int distance = 1; distance < group_lanes; distance *= 2) {
       value = op(value, __shfl_xor_sync(kAllLanes, value, distance));
@@ -220,17 +229,17 @@ PROXYATTN_DEVICE void run_cells_chunk(const ScoreChunk& chunk, unsigned char* sh
   const int chunk_keys = source.chunk_keys;
   float* peaks = reinterpret_cast<float*>(shared + Traits::kSharedBytes);
   float* masses = peaks + subcell_floats(chunk_keys);
-  const int first_key = chunk.first_key();
+  const int begin_key = chunk.begin_key();
   const int end_key = chunk.end_key();
-  int num_columns = 0;
+  SubcellColumns columns{};
 
-  if (first_key < end_key) {
+  if (begin_key < end_key) {
     const ScoreTile<Traits> tile(chunk);
     LogitTiles<Traits> logits(shared);
     logits.load_rows(tile.halves[0], tile.halves[1], p.q_strides.token, p.q_aligned);
     CellConsumer<Traits, kWithMass> consumer;
     consumer.unmasked_keys = chunk.unmasked_keys();
-    consumer.chunk_first_key = first_key;
+    consumer.begin_key = begin_key;
     consumer.factor = p.factor;
     consumer.pitch = subcell_pitch(chunk_keys);
     consumer.peaks = peaks;
@@ -245,16 +254,17 @@ PROXYATTN_DEVICE void run_cells_chunk(const ScoreChunk& chunk, unsigned char* sh
         consumer.lse[r][half] = row < source.num_rows ? lse[row] : 0.0f;
       }
     }
-    logits.for_each_tile(tile.keys, first_key, end_key, consumer);
-    num_columns = round_up(end_key - first_key, Traits::kTileKeys) / kSubcell;
+    logits.for_each_tile(tile.keys, begin_key, end_key, consumer);
+    columns = {(begin_key - chunk.first_key()) / kSubcell,
+               round_up(end_key - begin_key, Traits::kTileKeys) / kSubcell};
     __syncthreads();  // all subcells are written
   }
 
   PeakWriter write_peak(chunk);
-  merge_subcells<MaxOp>(p, chunk_keys, peaks, num_columns, Traits::kWarps, write_peak);
+  merge_subcells<MaxOp>(chunk, peaks, columns, Traits::kWarps, write_peak);
   if constexpr (kWithMass) {
     MassWriter write_mass(chunk);
-    merge_subcells<SumOp>(p, chunk_keys, masses, num_columns, Traits::kWarps, write_mass);
+    merge_subcells<SumOp>(chunk, masses, columns, Traits::kWarps, write_mass);
   }
 }
 

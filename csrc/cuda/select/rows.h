@@ -67,7 +67,7 @@ struct Row {
   int64_t first_need;  // of that head, in budgets or shares
   ForcedBlocks forced;
   int num_forced;
-  int visible;
+  int visible;   // key blocks that it sees
   int list_end;  // entries that are written
 
   PROXYATTN_HOST_DEVICE Row(const SelectArgs& args, int64_t list, int64_t block)
@@ -87,7 +87,7 @@ struct Row {
     ranking = args.indices + list_row * args.list_capacity;
     counts = args.counts + list * args.list_heads * args.lists.count + block - args.lists.first;
     num_forced = static_cast<int>(forced.count());
-    visible = static_cast<int>(forced.visible);
+    visible = static_cast<int>(forced.num_visible());
     list_end = static_cast<int>(args.list_capacity);
     // Of lists that stay inside, short sequences' are mostly room.
     if (args.is_packed() && args.only_prefixes) {
@@ -96,12 +96,13 @@ struct Row {
   }
 };
 
-// The rows that a launch takes: its units, of which each thread block has every gridDim.x-th.
+// The rows that a launch takes: its units, of which each thread block has every gridDim.x-th, as
+// far as they are of the class.
 struct RowClass {
   static constexpr int64_t kNoUnit = -1;
 
   int64_t end_block;  // batch: the query block behind the first one taken; they go down from there
-  int too_short;      // packed sequences: visible blocks of a row that the class below takes
+  int too_short;      // visible blocks of a row that the class below takes
   int capacity;       // and the most that this one takes
 
   struct Unit {
@@ -115,6 +116,10 @@ struct RowClass {
     return {list, args.is_packed() ? args.scores.first + row : end_block - 1 - row};
   }
 
+  PROXYATTN_HOST_DEVICE bool takes(int64_t visible) const {
+    return too_short < visible && visible <= capacity;
+  }
+
   enum class Match { kNo, kYes, kNoneLeft };
 
   // Whether a packed row is of this class. Where it is no sequence's, neither are those behind it.
@@ -123,8 +128,7 @@ struct RowClass {
                         args.packed.block_sequence[block] < args.packed.count;
     if (!exists) return Match::kNoneLeft;
     const QueryBlock own = args.query_block(block);
-    const int64_t visible = own.grid.visible(own.m);
-    return too_short < visible && visible <= capacity ? Match::kYes : Match::kNo;
+    return takes(own.grid.num_visible(own.m)) ? Match::kYes : Match::kNo;
   }
 };
 

@@ -52,7 +52,7 @@ constexpr int64_t kPackedThreads = 1024;
 
 SelectArgs make_args(const SelectParams& p) {
   SelectArgs args{};
-  args.grid = {p.q_len, p.kv_len, p.q_block, p.kv_block, p.q_offset, p.causal};
+  args.grid = {p.q_len, p.kv_len, p.q_block, p.kv_block, p.q_offset, p.causal, p.window};
   args.num_sink_blocks = p.num_sink_blocks;
   args.num_local_blocks = p.num_local_blocks;
   args.packed = packed_table(p);
@@ -74,28 +74,45 @@ SelectArgs make_args(const SelectParams& p) {
   return args;
 }
 
-// Launches rows [begin, end), which may be of different lengths: visible() never falls with m, so
-// each class is a range of rows. The longest come first.
-void launch_rows(const SelectArgs& args, int64_t begin, int64_t end, Stream stream) {
+// Smallest classes come first.
+const SizeClass& class_of(int64_t visible) {
+  const SizeClass* size = kSizeClasses;
+  while (size->capacity < visible) ++size;
+  return *size;
+}
+
+RowClass row_class(const SizeClass& size, int64_t end) {
+  const bool is_first = &size == kSizeClasses;
+  const int64_t too_short = is_first ? -1 : (&size - 1)->capacity;
+  return {end, static_cast<int>(too_short), static_cast<int>(size.capacity)};
+}
+
+// The first of rows [begin, end) behind whose first `blocks` key blocks there are visible ones:
+// where those end never falls with m.
+int64_t first_row_beyond(const BlockGrid& grid, int64_t begin, int64_t end, int64_t blocks) {
   while (begin < end) {
-    const SizeClass* size = kSizeClasses;
-    while (size->capacity < args.grid.visible(end - 1)) ++size;
-    int64_t first = begin;
-    if (size != kSizeClasses) {
-      const int64_t too_short = (size - 1)->capacity;
-      // Bisection: rows [begin, first) fit the class below.
-      int64_t last = end - 1;
-      while (first < last) {
-        const int64_t middle = first + (last - first) / 2;
-        if (args.grid.visible(middle) <= too_short) {
-          first = middle + 1;
-        } else {
-          last = middle;
-        }
-      }
+    const int64_t middle = begin + (end - begin) / 2;
+    if (grid.visible(middle) <= blocks) {
+      begin = middle + 1;
+    } else {
+      end = middle;
     }
-    size->launch(args, RowClass{end, 0, 0}, (end - first) * args.num_lists, stream);
-    end = first;
+  }
+  return begin;
+}
+
+// Launches rows [begin, end), which may be of different lengths, the longest first. Each class is a
+// range of them. Not so in a window, where what rows see rises and then goes up and down: there a
+// class is offered the rows of larger ones too, and the device picks.
+void launch_rows(const SelectArgs& args, int64_t begin, int64_t end, Stream stream) {
+  if (begin >= end) return;
+  const int64_t most = min_of(args.grid.most_visible(), args.grid.visible(end - 1));
+  for (const SizeClass* size = &class_of(most); begin < end; --size) {
+    const RowClass rows = row_class(*size, end);
+    const int64_t first = first_row_beyond(args.grid, begin, end, rows.too_short);
+    size->launch(args, rows, (end - first) * args.num_lists, stream);
+    if (size == kSizeClasses) return;
+    if (args.grid.window == 0) end = first;
   }
 }
 
@@ -104,12 +121,9 @@ void launch_packed(const SelectArgs& args, Stream stream) {
   const int64_t num_units = args.scores.count * args.num_lists;
   const int64_t threads =
       int64_t{device_attribute(kOp, cudaDevAttrMultiProcessorCount)} * kPackedThreads;
-  int64_t too_short = -1;
   for (const SizeClass& size : kSizeClasses) {
-    const RowClass rows{0, static_cast<int>(too_short), static_cast<int>(size.capacity)};
-    size.launch(args, rows, min_of(num_units, threads / size.threads), stream);
-    if (size.capacity >= args.num_blocks) break;
-    too_short = size.capacity;
+    size.launch(args, row_class(size, 0), min_of(num_units, threads / size.threads), stream);
+    if (size.capacity >= args.grid.most_visible()) break;
   }
 }
 
@@ -119,7 +133,6 @@ void select_blocks(const SelectParams& params, Stream stream) {
   validate_select(params);
   validate_prepared(kOp, params.packed);
   validate_alignment(kOp, params);
-  check_no_window(kOp, params.window);
   const SelectArgs args = make_args(params);
   check_num_kv_blocks(kOp, args.num_blocks);
   if (params.batch == 0) return;

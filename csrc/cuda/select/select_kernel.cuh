@@ -8,12 +8,12 @@
 // shares have a row for each sequence.
 //
 // A thread block works on one list: one proxy head of one batch entry, one query block. The forced
-// blocks take the first places by formula, and what is left of the visible blocks is the range
-// [num_sinks, local_begin), which a radix sort in shared memory puts in order of falling peak. The
+// blocks take the first places by formula, and what is left of the visible blocks is a range that
+// ends with local_begin, which a radix sort in shared memory puts in order of falling peak. The
 // sort is stable and is given the blocks from the latest down, so of equal peaks the later block
 // comes first. Each thread holds kItems keys; rows are launched in classes by their length. Of
 // packed rows only the device knows which class they are of: the thread blocks of every class look
-// through all of them (rows.h).
+// through all of them (rows.h). In a batch a window leaves it to them, too.
 //
 // Where only the first places need be in order, the key of the last of them is found bit by bit,
 // and what is not behind it sorted by itself.
@@ -430,8 +430,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     new (row_bytes) Row(args, unit.list, unit.block);
   }
   __syncthreads();  // orders the row's facts before their readers
-  const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes),
-                          *reinterpret_cast<const Row*>(row_bytes)};
+  const Row& row = *reinterpret_cast<const Row*>(row_bytes);
+  if (!rows.takes(row.visible)) return;
+  const Selector selector{args, *reinterpret_cast<typename Selector::Shared*>(shared_bytes), row};
   selector.rank();
   selector.count();
 }
