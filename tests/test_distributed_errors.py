@@ -78,6 +78,13 @@ def on_rank(rank, **changes):
     return {rank: changes}
 
 
+def case_name(value):
+    """The same in every process: changes are named by their arguments."""
+    if isinstance(value, dict):
+        return "-".join(map(str, value))
+    return getattr(value, "__name__", str(value)[:60])
+
+
 HALVES = {name: cast(torch.bfloat16) for name in "qkv"}
 ONE_SEQUENCE = {name: first_sequence for name in ("q", "k", "v", "shares")}
 DIFFERENT = [
@@ -111,7 +118,7 @@ DIFFERENT = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "name", "values"), DIFFERENT, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("changes", "name", "values"), DIFFERENT, ids=case_name)
 def test_ranks_that_differ(ranks, changes, name, values):
     message = f"{OP}: {name} must be the same on every rank, got {values}"
     assert ranks.run(3, outcome, changes) == [(ValueError, message)] * 3
@@ -197,7 +204,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "kind", "message"), FAULTS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(("changes", "kind", "message"), FAULTS, ids=case_name)
 def test_faults(ranks, changes, kind, message):
     """Of one rank, and of all, which say what one process would."""
     assert ranks.run(3, outcome, {1: changes}) == [(kind, f"{OP}: rank 1: {message}")] * 3
@@ -237,7 +244,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), PLACES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(("changes", "message"), PLACES, ids=case_name)
 def test_tokens_in_the_wrong_places(ranks, changes, message):
     assert ranks.run(2, outcome, changes) == [(ValueError, message)] * 2
 
