@@ -17,6 +17,10 @@ import torch
 from ranks import Ranks
 
 
+def pytest_addoption(parser):
+    parser.addoption("--only-cuda", action="store_true", help="only the cases that need a GPU")
+
+
 def _missing_cuda() -> str | None:
     """Why there are no CUDA cases here, or None when there are."""
     if not any(config["device"] == "cuda" for config in proxyattn.supported_configs()):
@@ -96,14 +100,23 @@ def _is_fp32_on_cuda(item) -> bool:
     return params.get("device") == "cuda" and dtype == torch.float32
 
 
+def _needs_cuda(item) -> bool:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    named = "cuda" in item.fixturenames or "cuda" in item.path.stem
+    return named or params.get("device") == "cuda"
+
+
 def pytest_collection_modifyitems(config, items):
     """Leaves out float32 on GPUs, which has no kernels (test_errors.py holds them to refusing it),
-    and the slow sweeps, unless the command line asks for them."""
+    the slow sweeps, unless the command line asks for them, and what --only-cuda doesn't want."""
+    only_cuda = config.getoption("only_cuda")
     wants_slow = "slow" in config.option.markexpr or any("::" in arg for arg in config.args)
     dropped = [
         item
         for item in items
-        if _is_fp32_on_cuda(item) or (item.get_closest_marker("slow") and not wants_slow)
+        if _is_fp32_on_cuda(item)
+        or (item.get_closest_marker("slow") and not wants_slow)
+        or (only_cuda and not _needs_cuda(item))
     ]
     config.hook.pytest_deselected(items=dropped)
     dropped = set(dropped)
